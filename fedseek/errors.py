@@ -1,0 +1,168 @@
+"""Every error FedSeek raises on purpose, as one tree.
+
+    FedseekError                          exit code
+    ├── PlanError                             3
+    │   ├── InvalidPlan       the plan (or scenario) cannot be run; carries all problems at once
+    │   └── PlanRefused       a site said no; carries the rule that decided
+    ├── DataError                             4
+    │   └── InvalidRecords    a data file cannot be used as the plan asks
+    ├── ModelError                            4
+    │   ├── WrongModel        base model is not the one the plan names
+    │   └── AdapterDiverged   sites ended a round with different adapters
+    ├── PrivacyError                          5
+    │   ├── UnsupportedMechanism
+    │   ├── GuardTripped      a run-time check of the privacy guarantee failed: no epsilon is stated
+    │   └── BudgetExhausted
+    ├── CustodyError                          6
+    │   └── WrongKey
+    ├── MessageError                          6
+    │   ├── Malformed
+    │   ├── WrongRound
+    │   └── TooLarge
+    ├── CohortTooSmall                        6
+    └── ReleaseRefused                        7
+
+Families end in ``Error``; leaves are plain participles, as in httpx (so ruff's N818 is off). A message says what
+was read, what was got, what was wanted; ``hint`` says what to do next. What leaves a site on failure is the ``code``
+alone (design section 4): the text may name files, labels or values and stays in the local log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class FedseekError(Exception):
+    """Root of the tree.
+
+    Args:
+        message: what was read, what was got, what was wanted.
+        hint: what to do next; may be empty.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    @property
+    def code(self) -> str:
+        """The only part of an error that may be told to another party: the name of its class."""
+        return type(self).__name__
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+class PlanError(FedseekError):
+    """Something is wrong with a plan."""
+
+    exit_code = 3
+
+
+class InvalidPlan(PlanError):
+    """The plan or scenario cannot be run. ``problems`` lists every problem found, not just the first."""
+
+    def __init__(self, problems: Sequence[str], *, source: str = "plan", hint: str = "") -> None:
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem" + ("s" if len(self.problems) != 1 else "")
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        super().__init__(f"{source}: {count}{lines}", hint=hint)
+
+
+class PlanRefused(PlanError):
+    """A site refuses the plan. ``rule`` names the rule that decided."""
+
+    def __init__(self, site: str, rule: str, *, hint: str = "") -> None:
+        self.site = site
+        self.rule = rule
+        super().__init__(f"site {site!r} refused the plan: {rule}", hint=hint)
+
+
+class DataError(FedseekError):
+    """Something is wrong with an institution's data files."""
+
+    exit_code = 4
+
+
+class InvalidRecords(DataError):
+    """A data file cannot be used as the plan asks."""
+
+
+class ModelError(FedseekError):
+    """Something is wrong with the base model or the adapter."""
+
+    exit_code = 4
+
+
+class WrongModel(ModelError):
+    """The base model is missing or its weights are not those the plan names."""
+
+
+class AdapterDiverged(ModelError):
+    """Sites ended a round with different adapters; the run stops and names them."""
+
+
+class PrivacyError(FedseekError):
+    """The privacy guarantee cannot be given."""
+
+    exit_code = 5
+
+
+class UnsupportedMechanism(PrivacyError):
+    """The accountant or the training mode has no proof for what was asked."""
+
+
+class GuardTripped(PrivacyError):
+    """A run-time check of the privacy guarantee failed. ``guard`` names it; no epsilon is stated."""
+
+    def __init__(self, guard: str, message: str, *, hint: str = "") -> None:
+        self.guard = guard
+        super().__init__(f"privacy guard {guard!r} tripped: {message}", hint=hint)
+
+
+class BudgetExhausted(PrivacyError):
+    """The next step would spend more than the budget allows."""
+
+
+class CustodyError(FedseekError):
+    """Something is wrong with who holds which key."""
+
+    exit_code = 6
+
+
+class WrongKey(CustodyError):
+    """A key, signature or sealed envelope is not from or for whom it should be."""
+
+
+class MessageError(FedseekError):
+    """A message from another party was refused."""
+
+    exit_code = 6
+
+
+class Malformed(MessageError):
+    """A message or ciphertext does not parse, is truncated, or belongs to other parameters."""
+
+
+class WrongRound(MessageError):
+    """A message answers for another run, round or phase."""
+
+
+class TooLarge(MessageError):
+    """A message is larger than the plan allows."""
+
+
+class CohortTooSmall(FedseekError):
+    """Fewer sites answered than the plan needs."""
+
+    exit_code = 6
+
+
+class ReleaseRefused(FedseekError):
+    """The release gate is closed."""
+
+    exit_code = 7
