@@ -1,0 +1,1 @@
+"""The institution's side: it owns data, keys and the decision; the coordinator may only ask."""

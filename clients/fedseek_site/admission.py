@@ -1,0 +1,71 @@
+"""Will this site run this plan? Every rule is checked and every refusal names its rule.
+
+A rule's text may go to the coordinator, so it names nothing of the data: not a count, not a label, not a path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedseek.errors import InvalidPlan, PlanRefused, WrongModel
+from fedseek.identity.roster import Roster, RosterEntry
+from fedseek.lora.source import check_model, locate_model
+from fedseek.plan import Plan
+from fedseek.records import Records
+
+
+@dataclass(frozen=True, slots=True)
+class SiteData:
+    """What a site brings: rows to train on and rows held back to evaluate on."""
+
+    train: Records
+    held_back: Records
+
+
+def check_admission(plan: Plan, roster: Roster, *, me: RosterEntry, data: SiteData) -> None:
+    """Run by a site on a plan it is offered.
+
+    Raises:
+        PlanRefused: naming the first rule that says no.
+    """
+    task = plan.spec.kinds.get(me.kind)
+    if task is None:
+        raise PlanRefused(me.name, f"the plan has no task for sites of kind {me.kind!r}")
+    if me not in roster.entries:
+        raise PlanRefused(me.name, "the roster does not list this site with its own keys")
+    if not plan.spec.cohort.min_sites <= len(roster.entries) <= plan.spec.cohort.max_sites:
+        raise PlanRefused(
+            me.name,
+            f"the roster has {len(roster.entries)} sites, "
+            f"the plan wants {plan.spec.cohort.min_sites} to {plan.spec.cohort.max_sites}",
+        )
+    if task.unit != "record" and data.train.unit_column is None:
+        raise PlanRefused(me.name, f"the plan protects a {task.unit}, this site's data names no unit column")
+    if plan.privacy is not None and plan.privacy.delta >= 1.0 / units_for(plan, me.kind, data.train).num_units:
+        raise PlanRefused(
+            me.name,
+            f"delta {plan.privacy.delta:g} is not below 1 / number of units of this site",
+            hint="a delta of 1/n permits publishing one unit outright; agree on a smaller delta",
+        )
+    if task.metric == "auc" and len(set(data.held_back.labels)) < 2:
+        raise PlanRefused(me.name, "the plan asks for an AUC, the rows held back here have one label only")
+    try:
+        check_model(locate_model(plan.spec.model.source), plan.spec.model.sha256)
+    except WrongModel as error:
+        raise PlanRefused(me.name, "the base model here is not the one the plan names", hint=error.message) from error
+
+
+def check_labels(plan: Plan, kind: str, data: SiteData) -> None:
+    """A plan whose labels are not those the site's files were read with is another task.
+
+    Raises:
+        InvalidPlan: a label in the data is not in the plan.
+    """
+    unknown = (set(data.train.labels) | set(data.held_back.labels)) - set(plan.spec.kinds[kind].labels)
+    if unknown:
+        raise InvalidPlan([f"kinds.{kind}: {len(unknown)} label(s) of this site's data are not in the plan"])
+
+
+def units_for(plan: Plan, kind: str, records: Records) -> Records:
+    """The records with the privacy unit the plan asks for: as the unit column says, or each on its own."""
+    return records.as_single_records() if plan.spec.kinds[kind].unit == "record" else records

@@ -1,0 +1,1 @@
+"""Differential privacy at a site: accounting, sampling, noise, the private step, and the guards that watch them."""

@@ -1,0 +1,275 @@
+r"""One step of DP-SGD on any model: per-record gradients, clipped, added up, noised once, applied.
+
+    losses (B,) --backward--> gradients (B, ...) --clip each to C--> sum --> + N(0, (sigma C)^2) --> / (q units) --> move
+          \____________ for each micro-batch _________________/              \__________ once a step _____________/
+
+Abadi et al. 2016 (arXiv:1607.00133), Algorithm 1, with Opacus (hooks mode) for per-record gradients and clipping, and
+our own noise. What a record is, and how its loss is computed, the caller knows; this module sees a vector of losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus.grad_sample import GradSampleModule
+from opacus.grad_sample.gsm_base import OPACUS_PARAM_MONKEYPATCH_ATTRS
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from fedseek.dp import guards
+from fedseek.dp.accounting import PrivacyParams
+from fedseek.dp.noise import SecretGaussian, draws_under_equal_seeds
+from fedseek.dp.sampling import Draw
+
+_NOISE_CHECK_SIZE = 4096
+_LEFT_ON_TENSORS = (*OPACUS_PARAM_MONKEYPATCH_ATTRS, "summed_grad")
+_LEFT_ON_MODULES = ("activations", "max_batch_len")
+
+
+class SecretNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
+    """Opacus' optimiser with noise that no seed reaches, micro-batches of any number, and steps without records.
+
+    Args:
+        optimizer: what is to be moved, and how.
+        noise_multiplier: standard deviation of the noise divided by ``l2_clip_norm``.
+        l2_clip_norm: bound on each record's gradient over all tensors.
+        expected_batch_size: the sum is divided by this, never by the number of records that were drawn.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        noise_multiplier: float,
+        l2_clip_norm: float,
+        expected_batch_size: float,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=l2_clip_norm,
+            expected_batch_size=expected_batch_size,
+        )
+        self._noise = SecretGaussian()
+        self.num_accumulated = 0
+        self.num_noised_steps = 0
+        self.noise_sum_of_squares = 0.0
+
+    def clip_and_accumulate(self) -> None:
+        """Add the clipped per-record gradients of one micro-batch to the sum."""
+        if self.params[0].summed_grad is None:
+            self.num_accumulated = 0
+        self.num_accumulated += len(self.grad_samples[0])
+        super().clip_and_accumulate()
+
+    def add_noise(self) -> None:
+        """Set each gradient to the clipped sum plus noise; an empty Poisson batch is noise alone."""
+        std = self.noise_multiplier * self.max_grad_norm
+        squares = []
+        for tensor in self.params:
+            if tensor.summed_grad is None:
+                tensor.summed_grad = torch.zeros_like(tensor)
+            noise = self._noise.normal(tensor.shape, std).to(tensor.device, tensor.dtype)
+            tensor.grad = tensor.summed_grad + noise
+            squares.append((tensor.grad - tensor.summed_grad).double().square().sum())
+        self.noise_sum_of_squares = float(torch.stack(squares).sum())
+
+    def scale_grad(self) -> None:
+        """Divide by the expected batch size."""
+        for tensor in self.params:
+            tensor.grad /= self.expected_batch_size
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Noise what was accumulated, and apply it. Takes no closure: it would compute gradients past the clipping."""
+        if closure is not None:
+            raise ValueError("a closure was given, wanted none: its gradients would not be clipped")
+        self.add_noise()
+        self.scale_grad()
+        self.original_optimizer.step()
+        self.num_noised_steps += 1
+
+    def summed_norm(self) -> float:
+        """Norm of the clipped sum over all tensors; 0 when nothing was accumulated."""
+        sums = [tensor.summed_grad for tensor in self.params if tensor.summed_grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack([s.norm() for s in sums]))) if sums else 0.0
+
+    def probe_noise(self) -> str:
+        """Check that the noise of this optimiser is out of reach of every global seed.
+
+        Raises:
+            GuardTripped: it is not.
+        """
+        draws = draws_under_equal_seeds(self._noise, type(self._noise)(), size=_NOISE_CHECK_SIZE)
+        return guards.check_noise_not_seeded(draws)
+
+
+class PrivateStep:
+    """The private way to take a step: micro-batches are accumulated, then applied; guards watch each of them.
+
+    Args:
+        model: wrapped for per-record gradients.
+        optimizer: holds the trainable tensors of the model.
+        privacy: from the plan.
+    """
+
+    def __init__(self, model: GradSampleModule, optimizer: SecretNoiseOptimizer, privacy: PrivacyParams) -> None:
+        self.model = model
+        self._optimizer = optimizer
+        self._privacy = privacy
+        self._trained_on: list[NDArray[np.int64]] = []
+        self._before = {name: tensor.detach().clone() for name, tensor in self._trainable().items()}
+        self.passed = {optimizer.probe_noise()}
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in which noise was added and applied."""
+        return int(self._optimizer.num_noised_steps)
+
+    def accumulate(self, losses: torch.Tensor, record_indices: NDArray[np.int64]) -> None:
+        """Clip the gradient of each record of a micro-batch and add it to the step.
+
+        Args:
+            losses: shape (num_records,), one loss for each record, of that record alone.
+            record_indices: shape (num_records,), which records they are.
+
+        Raises:
+            GuardTripped: a trainable tensor has no gradient for each record.
+        """
+        self._backward(losses)
+        self._optimizer.clip_and_accumulate()
+        self._clear_gradients()
+        self._trained_on.append(record_indices)
+
+    def apply(self, draw: Draw) -> None:
+        """Check that the step holds exactly the draw, clipped; add noise once; move the tensors.
+
+        Raises:
+            GuardTripped: the step is not what the accountant counts.
+        """
+        trained_on = np.concatenate([np.empty(0, dtype=np.int64), *self._trained_on])
+        num_accumulated = self._optimizer.num_accumulated if self._trained_on else 0
+        self.passed |= {
+            guards.check_no_record_lost(num_accumulated, len(draw.record_indices)),
+            guards.check_poisson_batches_used(trained_on, draw.record_indices, draw.unit_indices),
+            guards.check_clipping_applied(
+                self._optimizer.summed_norm(), num_accumulated, l2_clip_norm=self._privacy.l2_clip_norm
+            ),
+        }
+        self._optimizer.step()
+        self.passed.add(
+            guards.check_noise_added(
+                self._optimizer.noise_sum_of_squares,
+                sum(tensor.numel() for tensor in self._optimizer.params),
+                std=self._privacy.noise_multiplier * self._privacy.l2_clip_norm,
+            )
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        self._trained_on.clear()
+
+    def probe(self, losses_of: Callable[[NDArray[np.int64]], torch.Tensor], record_indices: NDArray[np.int64]) -> None:
+        """Check on a few records, before a step, that they are not coupled and that each is clipped.
+
+        Args:
+            losses_of: losses of some records taken as one batch, shape (num_records,).
+            record_indices: the records to look at.
+
+        Raises:
+            GuardTripped: a gradient changes with the neighbours, or one record's share of the sum is over the clip norm.
+        """
+
+        def gradients_of(indices: NDArray[np.int64]) -> torch.Tensor:
+            self._backward(losses_of(indices))
+            gradients = torch.cat([g.flatten(1).detach().clone() for g in self._optimizer.grad_samples], dim=1)
+            self._optimizer.clip_and_accumulate()
+            guards.check_clipping_applied(self._optimizer.summed_norm(), len(indices), l2_clip_norm=clip)
+            self._optimizer.zero_grad(set_to_none=True)
+            return gradients
+
+        clip = self._privacy.l2_clip_norm
+        with _dropout_off(self.model):
+            self.passed.add(guards.check_records_uncoupled(gradients_of, record_indices, l2_clip_norm=clip))
+
+    def finish(self) -> None:
+        """Check that the round moved every tensor that was trainable at its start.
+
+        Raises:
+            GuardTripped: one stayed, disappeared or is not finite.
+        """
+        self.passed.add(guards.check_tensors_moved(self._before, self._trainable()))
+
+    def _trainable(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
+
+    def _backward(self, losses: torch.Tensor) -> None:
+        if losses.dim() != 1:
+            raise ValueError(f"losses have shape {tuple(losses.shape)}, wanted (num_records,): one for each record")
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        self.passed.add(
+            guards.check_per_record_gradients(self._trainable(), self._optimizer.params, num_records=len(losses))
+        )
+
+    def _clear_gradients(self) -> None:
+        """Free the per-record gradients and the un-noised sum that autograd left; keep the clipped sum."""
+        for tensor in self._optimizer.params:
+            tensor.grad_sample = None
+            tensor.grad = None
+
+
+@contextmanager
+def private_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, privacy: PrivacyParams, expected_batch_size: float
+) -> Iterator[PrivateStep]:
+    """Wrap a model for private steps; unwrap it without a trace, whatever happens.
+
+    Args:
+        model: in training mode, its trainable tensors already chosen and on their device.
+        optimizer: holds exactly these tensors.
+        privacy: from the plan.
+        expected_batch_size: sampling probability times number of units.
+    """
+    # "sum": the loss that is differentiated is a sum over records, so no factor of the batch size is to be undone.
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+    try:
+        noised = SecretNoiseOptimizer(
+            optimizer,
+            noise_multiplier=privacy.noise_multiplier,
+            l2_clip_norm=privacy.l2_clip_norm,
+            expected_batch_size=expected_batch_size,
+        )
+        yield PrivateStep(wrapped, noised, privacy)
+    finally:
+        _unwrap(wrapped, model)
+
+
+def _unwrap(wrapped: GradSampleModule, model: nn.Module) -> None:
+    wrapped.remove_hooks()
+    for tensor in model.parameters():
+        tensor.grad = None
+        _remove(tensor, _LEFT_ON_TENSORS)
+    for module in model.modules():
+        _remove(module, _LEFT_ON_MODULES)
+
+
+def _remove(holder: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in vars(holder):
+            delattr(holder, name)
+
+
+@contextmanager
+def _dropout_off(model: nn.Module) -> Iterator[None]:
+    """Training mode without dropout: evaluation mode would switch the per-record gradients off too."""
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates = [module.p for module in dropouts]
+    for module in dropouts:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, rate in zip(dropouts, rates, strict=True):
+            module.p = rate

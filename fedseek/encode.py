@@ -1,0 +1,361 @@
+"""Encode: a model update becomes integers that add, and a sum of such integers becomes a weighted mean.
+
+Run by a site, before encryption and after decryption. The update is multiplied by its weight, clipped to a range that
+all sites share, rounded at random to ``value_bits`` bits, and packed. In front of the payload go header slots, one
+integer each:
+
+    contributors (1 a site) | weight | values saturated | one fixed-point number a metric | packed values ...
+
+Everything adds exactly, so the decoded sum equals the integer sum; the only error is the rounding each site made
+(``quantiser_bound``). What is encoded has already been made private: saturation counts and rounding are
+post-processing. The rounding generator guards no secret; it need not be cryptographic.
+
+Source of stochastic rounding: D. Alistarh et al., "QSGD", NeurIPS 2017, section 3 (unbiased quantiser), here with a
+range shared by all sites instead of each vector's norm, since a range of its own would tell others about a site.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+from fedseek.errors import Malformed
+from fedseek.he.packing import Packing, pack, unpack
+
+Float32Vector = npt.NDArray[np.float32]
+Float64Vector = npt.NDArray[np.float64]
+Slots = npt.NDArray[np.uint64]
+
+# Header: contributors, weight, saturated.
+_NUM_COUNTS = 3
+
+# Metrics travel as round(value * 2^16): each site's rounding is off by at most 2^-17.
+METRIC_SCALE = 1 << 16
+
+# The next range: see next_value_range.
+_HEADROOM = 1.5
+_SATURATION_TOLERATED = 1e-4
+_MAX_SHRINK = 4.0
+_SMALLEST_RANGE, _LARGEST_RANGE = 2.0**-40, 2.0**40
+
+# Values a pass: three float64 buffers of this size stay in a core's cache.
+_CHUNK = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateLayout:
+    """Order and shapes of what one scope's update vector holds; equal at all sites of the scope.
+
+    Attributes:
+        scope: name of the group of sites whose updates are summed.
+        tensors: (name, shape) in vector order.
+        metrics: names of the numbers that ride along, in header order.
+
+    Raises:
+        ValueError: no tensors, an empty tensor, or a repeated name.
+    """
+
+    scope: str
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.tensors]
+        for kind, given in (("tensor", names), ("metric", list(self.metrics))):
+            if len(set(given)) != len(given):
+                raise ValueError(f"layout {self.scope!r}: repeated {kind} names in {given}")
+        if not names or any(size < 1 for _, shape in self.tensors for size in shape):
+            raise ValueError(f"layout {self.scope!r}: wanted at least one tensor and no empty ones, got {self.tensors}")
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each tensor starts in the vector, then the end: len(tensors) + 1 numbers."""
+        return tuple(accumulate((math.prod(shape) for _, shape in self.tensors), initial=0))
+
+    @property
+    def num_values(self) -> int:
+        """Length of the update vector."""
+        return self.offsets[-1]
+
+    @property
+    def num_header_slots(self) -> int:
+        """Slots in front of the packed values."""
+        return _NUM_COUNTS + len(self.metrics)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SummedUpdate:
+    """What a decrypted sum says about one scope.
+
+    Attributes:
+        contributors: sites in the sum.
+        weight: sum of their weights.
+        mean: weighted mean of their updates, float64, shape (num_values,).
+        metrics: sum of each metric over the sites.
+        saturated_fraction: values that met the range's edge, of all values of all sites.
+        weight_fraction: weight / (contributors * weight_cap): mean times this is the mean of what was quantised.
+    """
+
+    contributors: int
+    weight: int
+    mean: Float64Vector
+    metrics: Mapping[str, float]
+    saturated_fraction: float
+    weight_fraction: float
+
+
+def num_slots(layout: UpdateLayout, packing: Packing) -> int:
+    """Slots of one encoded update."""
+    return layout.num_header_slots + packing.num_slots(layout.num_values)
+
+
+def num_ciphertexts(layout: UpdateLayout, packing: Packing) -> int:
+    """Ciphertexts of one encrypted update."""
+    return -(-num_slots(layout, packing) // packing.params.slot_count)
+
+
+def flatten(tensors: Mapping[str, npt.NDArray[np.float32]], layout: UpdateLayout) -> Float32Vector:
+    """Lay tensors out as one vector.
+
+    Returns:
+        float32, shape (num_values,).
+
+    Raises:
+        ValueError: names, shapes or types are not those of the layout.
+    """
+    if set(tensors) != {name for name, _ in layout.tensors}:
+        raise ValueError(
+            f"layout {layout.scope!r}: tensors do not match: {sorted(set(tensors) ^ set(dict(layout.tensors)))}"
+        )
+    vector = np.empty(layout.num_values, dtype=np.float32)
+    for (name, shape), start, end in zip(layout.tensors, layout.offsets, layout.offsets[1:], strict=False):
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype != np.float32:
+            raise ValueError(
+                f"tensor {name!r}: got {tensor.dtype} of shape {tensor.shape}; wanted float32 of shape {shape}"
+            )
+        vector[start:end] = tensor.reshape(-1)
+    return vector
+
+
+def unflatten(vector: npt.NDArray[np.floating], layout: UpdateLayout) -> dict[str, npt.NDArray[np.floating]]:
+    """Undo ``flatten``; the tensors are views of ``vector`` and keep its type.
+
+    Raises:
+        ValueError: the vector's length is not the layout's.
+    """
+    if vector.shape != (layout.num_values,):
+        raise ValueError(
+            f"layout {layout.scope!r}: got a vector of shape {vector.shape}; wanted ({layout.num_values},)"
+        )
+    offsets = layout.offsets
+    return {
+        name: vector[start:end].reshape(shape)
+        for (name, shape), start, end in zip(layout.tensors, offsets, offsets[1:], strict=False)
+    }
+
+
+def encode_update(
+    vector: Float32Vector,
+    layout: UpdateLayout,
+    *,
+    packing: Packing,
+    value_range: float,
+    weight: int,
+    weight_cap: int,
+    metrics: Mapping[str, float],
+    rng: np.random.Generator | None = None,
+) -> Slots:
+    """Encode one site's update of one scope. Run by a site.
+
+    Guarantees:
+        unbiased: without saturation the expected decoded value is ``vector`` times weight / weight_cap, to within
+        2^-24 of a quantiser step (the rounding draws have 24 bits). -C, 0 and C are exact.
+        bounded influence: no site moves a sum by more than C a value, whatever its vector.
+
+    Edge cases:
+        value beyond C: clipped and counted as saturated; exactly C is not counted.
+        NaN or infinity: ValueError, nothing is encoded.
+
+    Args:
+        vector: the update, float32, shape (num_values,).
+        layout: of the scope.
+        packing: of the plan.
+        value_range: C > 0, the same at all sites; bounds vector * weight / weight_cap.
+        weight: of this site, a number of records or 1; in [1, weight_cap].
+        weight_cap: largest weight of any site, from the plan.
+        metrics: exactly the layout's metrics, each in [0, packing.header_bound / METRIC_SCALE].
+        rng: draws for the rounding; by default seeded by the operating system.
+
+    Returns:
+        Slots, shape (num_slots(layout, packing),).
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Cost: about 25 ns a value.
+    """
+    _check_encodable(vector, layout, packing=packing, value_range=value_range, weight=weight, weight_cap=weight_cap)
+    digits, saturated = _quantise(
+        vector,
+        weight / weight_cap,
+        value_range=value_range,
+        levels=_levels(packing),
+        rng=rng or np.random.default_rng(),
+    )
+    header = [1, weight, saturated, *_encode_metrics(metrics, layout, packing)]
+    return np.concatenate([np.array(header, dtype=np.uint64), pack(digits, packing)])
+
+
+def decode_sum(
+    slots: Slots, layout: UpdateLayout, *, packing: Packing, value_range: float, weight_cap: int
+) -> SummedUpdate:
+    """Decode a sum of encoded updates. Run by a site.
+
+    Args:
+        slots: the sum, at least num_slots(layout, packing) of them; what follows is padding.
+        layout: of the scope.
+        packing: of the plan.
+        value_range: C as it was when the updates were encoded.
+        weight_cap: from the plan.
+
+    Raises:
+        Malformed: no set of sites that follows the protocol produces such a sum.
+    """
+    needed = num_slots(layout, packing)
+    if slots.ndim != 1 or slots.size < needed:
+        raise Malformed(f"sum of {layout.scope!r}: got slots of shape {slots.shape}; wanted at least {needed}")
+    header = [int(slot) for slot in slots[: layout.num_header_slots]]
+    contributors, weight, saturated = header[:_NUM_COUNTS]
+    _check_counts(header, layout, packing=packing, weight_cap=weight_cap)
+    digits = unpack(slots[layout.num_header_slots : needed], layout.num_values, packing)
+    levels = _levels(packing)
+    if int(digits.max()) > 2 * levels * contributors:
+        raise Malformed(f"sum of {layout.scope!r}: a value exceeds what {contributors} sites can add up to")
+    mean = digits.astype(np.float64)
+    mean -= levels * contributors
+    mean *= value_range / levels * weight_cap / weight
+    return SummedUpdate(
+        contributors=contributors,
+        weight=weight,
+        mean=mean,
+        metrics={name: total / METRIC_SCALE for name, total in zip(layout.metrics, header[_NUM_COUNTS:], strict=True)},
+        saturated_fraction=saturated / (contributors * layout.num_values),
+        weight_fraction=weight / (contributors * weight_cap),
+    )
+
+
+def quantiser_bound(packing: Packing, *, value_range: float, contributors: int, weight: int, weight_cap: int) -> float:
+    """Largest error of any value of a decoded mean against the exact weighted mean, when nothing saturated.
+
+    Each site's rounding moves a value by less than one step, C / levels; the mean divides the sum of those by
+    weight / weight_cap. The second term covers float64 arithmetic: a few operations of 2^-53 each on values up to C.
+    """
+    steps = contributors / _levels(packing) + contributors * 2.0**-48
+    return value_range * steps * weight_cap / weight
+
+
+def next_value_range(summed: SummedUpdate, current: float) -> float:
+    """The range C of the next round, from this round's aggregate alone: no site's own range is ever sent.
+
+    Every site computes it for itself, so it is exact arithmetic and a power of two. Rule, and why:
+        - 1.5 sqrt(S) times the largest mean value, as quantised: where noise dominates, S independent updates average
+          to 1/sqrt(S) of one of them, so this restores the size of one site's values; 1.5 is headroom.
+        - at least twice the current range when more than 1e-4 of the values saturated: clipping biases the mean
+          towards zero, which also hides how far the range is short.
+        - at least a quarter of the current range: one round in which updates cancel does not ruin the next.
+        - within [2^-40, 2^40], never zero.
+
+    Args:
+        summed: the decoded sum of this round.
+        current: C of this round, > 0.
+    """
+    largest = float(np.abs(summed.mean).max()) * summed.weight_fraction
+    wanted = max(_HEADROOM * math.sqrt(summed.contributors) * largest, current / _MAX_SHRINK)
+    if summed.saturated_fraction > _SATURATION_TOLERATED:
+        wanted = max(wanted, 2 * current)
+    mantissa, exponent = math.frexp(min(max(wanted, _SMALLEST_RANGE), _LARGEST_RANGE))
+    return math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
+
+
+def _levels(packing: Packing) -> int:
+    """Steps from 0 to C. One code of 2^b is given up so that zero is a code of its own, in the middle."""
+    return (1 << (packing.value_bits - 1)) - 1
+
+
+def _check_encodable(
+    vector: Float32Vector,
+    layout: UpdateLayout,
+    *,
+    packing: Packing,
+    value_range: float,
+    weight: int,
+    weight_cap: int,
+) -> None:
+    if vector.shape != (layout.num_values,) or vector.dtype != np.float32:
+        raise ValueError(
+            f"update of {layout.scope!r}: got {vector.dtype} of shape {vector.shape}; "
+            f"wanted float32 of shape ({layout.num_values},)"
+        )
+    if not np.isfinite(vector).all():
+        raise ValueError(f"update of {layout.scope!r}: {int((~np.isfinite(vector)).sum())} values are not finite")
+    if not (math.isfinite(value_range) and value_range > 0):
+        raise ValueError(f"value_range: got {value_range}; wanted a finite number > 0")
+    if not 1 <= weight <= weight_cap <= packing.header_bound:
+        raise ValueError(
+            f"weight: got {weight} of cap {weight_cap}; wanted 1 <= weight <= cap <= {packing.header_bound}"
+        )
+    if layout.num_values > packing.header_bound:
+        raise ValueError(
+            f"update of {layout.scope!r}: {layout.num_values} values; wanted at most {packing.header_bound}"
+        )
+
+
+def _quantise(
+    vector: Float32Vector, weight_factor: float, *, value_range: float, levels: int, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.uint32], int]:
+    """Round ``vector * weight_factor`` to digits in [0, 2 * levels]; also count what was clipped."""
+    digits = np.empty(vector.size, dtype=np.uint32)
+    saturated = 0
+    for start in range(0, vector.size, _CHUNK):
+        # Divide by C before multiplying by the number of levels, so that C itself lands on a level exactly.
+        scaled = vector[start : start + _CHUNK] * np.float64(weight_factor)
+        scaled /= value_range
+        saturated += int(np.count_nonzero(np.abs(scaled) > 1))
+        np.clip(scaled, -1, 1, out=scaled)
+        scaled *= levels
+        # floor(x) + Bernoulli(x - floor(x)) has mean x.
+        low = np.floor(scaled)
+        scaled -= low
+        low += rng.random(scaled.size, dtype=np.float32) < scaled
+        low += levels
+        digits[start : start + _CHUNK] = low
+    return digits, saturated
+
+
+def _encode_metrics(metrics: Mapping[str, float], layout: UpdateLayout, packing: Packing) -> list[int]:
+    if set(metrics) != set(layout.metrics):
+        raise ValueError(f"metrics: got {sorted(metrics)}; wanted {sorted(layout.metrics)}")
+    bound = packing.header_bound / METRIC_SCALE
+    for name, value in metrics.items():
+        if not 0 <= value <= bound:  # also refuses NaN
+            raise ValueError(f"metric {name!r}: got {value}; wanted 0 to {bound:g}")
+    return [round(metrics[name] * METRIC_SCALE) for name in layout.metrics]
+
+
+def _check_counts(header: list[int], layout: UpdateLayout, *, packing: Packing, weight_cap: int) -> None:
+    contributors, weight, saturated = header[:_NUM_COUNTS]
+    if not 1 <= contributors <= packing.max_sites:
+        raise Malformed(f"sum of {layout.scope!r}: holds {contributors} sites; wanted 1 to {packing.max_sites}")
+    if not contributors <= weight <= contributors * weight_cap:
+        raise Malformed(f"sum of {layout.scope!r}: {contributors} sites cannot weigh {weight} at a cap of {weight_cap}")
+    if saturated > contributors * layout.num_values:
+        raise Malformed(f"sum of {layout.scope!r}: counts {saturated} saturated values, more than it has")
+    for name, total in zip(layout.metrics, header[_NUM_COUNTS:], strict=True):
+        if total > contributors * packing.header_bound:
+            raise Malformed(f"sum of {layout.scope!r}: metric {name!r} is {total}, more than its sites can add up to")

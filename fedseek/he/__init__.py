@@ -1,0 +1,1 @@
+"""Homomorphic encryption: parameters with a proven noise bound, packing, ciphertexts, the sites' secret key."""

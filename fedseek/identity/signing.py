@@ -1,0 +1,67 @@
+"""Who said this, and for what: Ed25519 signatures (RFC 8032) with a context.
+
+The context keeps purposes apart: a signature made under one context never verifies under another, whatever the
+message. Every context of the project stands here, so that two purposes cannot pick the same one.
+
+Ed25519 is not post-quantum. A signature must hold on the day it is checked, while a sealed key must hold for as long
+as the recording is kept; so only ``sealing`` is hybrid.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from fedseek.errors import WrongKey
+
+if TYPE_CHECKING:  # verifying needs no private key, so a coordinator never loads the module that defines one
+    from fedseek.identity.keys import SiteIdentity
+    from fedseek.identity.roster import RosterEntry
+
+CONTEXT_SEALED_KEY: Final = b"fedseek/sealed-key/v1"
+CONTEXT_PLAN: Final = b"fedseek/plan-admitted/v1"
+CONTEXT_ADAPTER: Final = b"fedseek/adapter-digest/v1"
+CONTEXT_RELEASE: Final = b"fedseek/release-approved/v1"
+
+SIGNATURE_BYTES = 64
+_SIGNED_PREFIX = b"fedseek/signed/v1"
+
+
+def sign(identity: SiteIdentity, context: bytes, message: bytes) -> bytes:
+    """Sign ``message`` for the purpose ``context``; run by a site.
+
+    Args:
+        identity: who signs.
+        context: one of the ``CONTEXT_*`` constants above.
+        message: any length, signed as it stands.
+
+    Returns:
+        The signature, 64 bytes; the same input gives the same bytes.
+    """
+    return identity.signing_key.sign(_signed_bytes(context, message))
+
+
+def verify(entry: RosterEntry, context: bytes, message: bytes, signature: bytes) -> None:
+    """Check that the site of ``entry`` signed ``message`` for the purpose ``context``; run by anybody.
+
+    Raises:
+        WrongKey: it did not: another signer, another purpose, another message, or no signature at all.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(entry.signing_key).verify(signature, _signed_bytes(context, message))
+    except (InvalidSignature, ValueError) as error:  # ValueError: not a point on the curve, or not 64 bytes
+        raise WrongKey(
+            f"signature does not verify with the key of site {entry.name!r} for {context.decode(errors='replace')!r}",
+            hint="the message was altered, signed by another key, or signed for another purpose",
+        ) from error
+
+
+def join_fields(*fields: bytes) -> bytes:
+    """Concatenate so that no two different tuples give the same bytes: each field after its length, 8 bytes."""
+    return b"".join(len(field).to_bytes(8, "big") + field for field in fields)
+
+
+def _signed_bytes(context: bytes, message: bytes) -> bytes:
+    return join_fields(_SIGNED_PREFIX, context, message)

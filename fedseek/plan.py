@@ -1,0 +1,343 @@
+"""What all sites agree to: an unchecked ``PlanSpec`` becomes a checked, frozen ``Plan`` with a digest.
+
+Two steps, so that nothing downstream has to validate again:
+
+    TOML or canonical JSON --parse_spec--> PlanSpec (types and ranges) --check_plan--> Plan (what belongs together fits)
+
+Every problem is collected and reported at once. A ``Plan`` derives what must agree between parties from one place: the
+sampling probability, clip norm and noise multiplier of DP-SGD, the packing and the BFV parameters, the seeds of the
+frozen ``lora_A``. Nothing in it is secret; no noise, key or mask is ever derived from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from fedseek.dp.accounting import PrivacyParams, PrivacySpend, calibrate_noise_multiplier
+from fedseek.errors import FedseekError, InvalidPlan
+from fedseek.he.packing import Packing, choose_packing
+
+PLAN_VERSION = 1
+MAX_PLAN_BYTES = 256 * 1024  # bytes of canonical JSON a site is willing to parse
+GLOBAL_SCOPE = "global"
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class _Section(BaseModel):
+    """One table of the plan: unknown keys, wrong types and non-finite numbers are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSpec(_Section):
+    """The frozen base model every site must hold."""
+
+    source: Annotated[str, StringConstraints(pattern=r"^(package|path):.+$")]
+    """``package:<distribution>`` (weights carried by an installed package) or ``path:<folder>``."""
+    sha256: Digest
+    """SHA-256 of the weights; a site that holds others refuses the plan."""
+    max_tokens: Annotated[int, Field(ge=4, le=8192)] = 64
+    """Longer texts are cut; tokens."""
+
+
+class KindSpec(_Section):
+    """What the sites of one kind (banks, hospitals) learn: a head of their own on the shared adapter."""
+
+    labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=10_000)]
+    metric: Literal["accuracy", "auc"] = "accuracy"
+    """Utility on held-back rows; ``auc`` wants exactly two labels, the second is the positive one."""
+    unit: Literal["record", "customer", "patient"] = "record"
+    """What the guarantee protects: one record, or all records of a customer or patient (a column names them)."""
+
+    @field_validator("labels")
+    @classmethod
+    def _unique(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise ValueError(f"labels must be unique, repeated: {', '.join(repeated)}")
+        return labels
+
+
+class LoraSpec(_Section):
+    """The adapter. ``ffa`` freezes lora_A at a value derived from the plan: averaging lora_B is then exact."""
+
+    method: Literal["ffa", "both"] = "ffa"
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    target_modules: Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], Field(min_length=1)]
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Encoder layers to adapt; all when absent. Top layers only is faster: nothing below them is differentiated."""
+
+
+class TrainingSpec(_Section):
+    """Local training and the server step. The same sampling probability and steps at every site."""
+
+    rounds: Annotated[int, Field(ge=1, le=10_000)]
+    steps_per_round: Annotated[int, Field(ge=1, le=100_000)]
+    sampling_probability: Annotated[float, Field(gt=0, le=1)]
+    """Chance that a privacy unit is in a step's batch (Poisson). One epoch is 1 / sampling_probability steps."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    head_learning_rate: Annotated[float, Field(gt=0)]
+    physical_batch_size: Annotated[int, Field(ge=1)] = 64
+    """Records on the device at once; cannot change the result."""
+    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class PrivacySpec(_Section):
+    """The guarantee. ``mechanism = "none"`` states no epsilon anywhere."""
+
+    mechanism: Literal["dp-sgd", "none"]
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """At the end of the run, for every site."""
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Must be below 1 / number of units of each site; each site checks that against its own data."""
+    l2_clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """A unit's gradient is scaled down to this norm; dimensionless, over all trained values."""
+
+
+class EncryptionSpec(_Section):
+    """The outer lock."""
+
+    value_bits: Annotated[int, Field(ge=2, le=24)] = 13
+    """Bits of the stochastic quantiser."""
+
+
+class CohortSpec(_Section):
+    """Who takes part and how much each counts."""
+
+    min_sites: Annotated[int, Field(ge=2)] = 2
+    max_sites: Annotated[int, Field(ge=2, le=1024)]
+    weighting: Literal["equal", "records"] = "equal"
+    record_cap: Annotated[int, Field(ge=1, le=100_000_000)] = 1
+    """With ``records``: a site counts by its number of records, at most this many."""
+
+
+class PlanSpec(_Section):
+    """The unchecked plan, as its author writes it."""
+
+    version: Literal[1] = 1
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seeds lora_A and the heads' first values. Public."""
+    model: ModelSpec
+    kinds: Annotated[dict[Name, KindSpec], Field(min_length=1)]
+    lora: LoraSpec
+    training: TrainingSpec
+    privacy: PrivacySpec
+    encryption: EncryptionSpec = EncryptionSpec()
+    cohort: CohortSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked plan: only ever valid. Made by :func:`check_plan`.
+
+    Attributes:
+        spec: the plan as written.
+        digest: hex SHA-256 of the canonical form; what sites approve and sign.
+        packing: digits per slot, bits per digit, and the BFV parameters that decrypt ``cohort.max_sites`` updates.
+        privacy: DP-SGD parameters, or None when the plan promises nothing.
+    """
+
+    spec: PlanSpec
+    digest: str
+    packing: Packing
+    privacy: PrivacyParams | None
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of local training over the whole run."""
+        return self.spec.training.rounds * self.spec.training.steps_per_round
+
+    @property
+    def weight_cap(self) -> int:
+        """The weight that counts as 1 when an update is scaled before the sum."""
+        return self.spec.cohort.record_cap if self.spec.cohort.weighting == "records" else 1
+
+    def canonical(self) -> bytes:
+        """The one byte string that stands for this plan."""
+        return canonical_bytes(self.spec)
+
+    def scopes(self, kind: str) -> tuple[str, str]:
+        """The scopes a site of ``kind`` contributes to: the adapter of all, the head of its kind."""
+        return GLOBAL_SCOPE, head_scope(kind)
+
+    def initial_range(self, scope: str) -> float:
+        """Clip range of the quantiser in round 1, when there is no aggregate yet to derive it from.
+
+        Adam moves a value by about its learning rate a step, so ``learning_rate * steps_per_round`` bounds a round's
+        update up to the first steps' bias correction (Kingma and Ba 2015, section 2.1).
+        """
+        training = self.spec.training
+        rate = training.learning_rate if scope == GLOBAL_SCOPE else training.head_learning_rate
+        return rate * training.steps_per_round
+
+    def seed_for(self, purpose: str) -> int:
+        """A public 64-bit seed for ``purpose``. Never for noise, masks, keys or private sampling."""
+        text = f"fedseek/seed/v1\0{self.spec.name}\0{self.spec.seed}\0{purpose}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+    def spend_after(self, rounds: int) -> PrivacySpend | None:
+        """What a site has spent after ``rounds`` rounds; None when the plan promises nothing."""
+        if self.privacy is None:
+            return None
+        return PrivacySpend(self.privacy).after(rounds * self.spec.training.steps_per_round)
+
+
+def head_scope(kind: str) -> str:
+    """Name of the scope shared by the sites of one kind."""
+    return f"kind/{kind}"
+
+
+def canonical_bytes(spec: PlanSpec) -> bytes:
+    """Canonical JSON: UTF-8, keys sorted, no blanks, every default written out."""
+    document = spec.model_dump(mode="json")
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def plan_digest(canonical: bytes) -> str:
+    """Hex SHA-256 of a canonical plan, with domain separation."""
+    return hashlib.sha256(b"fedseek/plan/v1\0" + canonical).hexdigest()
+
+
+def parse_spec(document: Mapping[str, Any], *, source: str = "plan") -> PlanSpec:
+    """Check types and ranges of every field.
+
+    Raises:
+        InvalidPlan: with all problems at once.
+    """
+    try:
+        return PlanSpec.model_validate_json(json.dumps(document, default=str))
+    except ValidationError as error:
+        raise InvalidPlan(describe_problems(error), source=source) from None
+
+
+def describe_problems(error: ValidationError) -> list[str]:
+    """One line a problem: which field, what is wanted, what was got."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"]) or "the document"
+        got = "" if problem["type"] == "missing" else f", got {_short(problem['input'])}"
+        lines.append(f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{got}")
+    return lines
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_plan(spec: PlanSpec, *, source: str = "plan") -> Plan:
+    """Check that the parts fit each other and derive what follows from them.
+
+    Raises:
+        InvalidPlan: with all problems at once: more sites than the packing allows, a noise budget that would run
+            out, an epsilon that no noise reaches, an AUC over more than two labels, missing epsilon or delta.
+    """
+    problems = _inconsistencies(spec)
+    packing = privacy = None
+    try:
+        packing = choose_packing(spec.encryption.value_bits, spec.cohort.max_sites)
+    except InvalidPlan as error:
+        problems += [f"encryption, cohort: {problem}" for problem in error.problems]
+    if not problems:
+        try:
+            privacy = _privacy_params(spec)
+        except FedseekError as error:
+            problems.append(f"privacy: {error.message}")
+    if problems or packing is None:
+        raise InvalidPlan(problems, source=source)
+    return Plan(spec, plan_digest(canonical_bytes(spec)), packing, privacy)
+
+
+def _inconsistencies(spec: PlanSpec) -> list[str]:
+    problems = []
+    for kind, task in spec.kinds.items():
+        if task.metric == "auc" and len(task.labels) != 2:
+            problems.append(f"kinds.{kind}: metric auc wants exactly 2 labels, got {len(task.labels)}")
+    if spec.cohort.min_sites > spec.cohort.max_sites:
+        problems.append(f"cohort: min_sites {spec.cohort.min_sites} is above max_sites {spec.cohort.max_sites}")
+    private = spec.privacy.mechanism != "none"
+    for field in ("epsilon", "delta"):
+        given = getattr(spec.privacy, field) is not None
+        if private and not given:
+            problems.append(f"privacy.{field}: missing, but mechanism {spec.privacy.mechanism} needs it")
+        if given and not private:
+            problems.append(f'privacy.{field}: given, but mechanism "none" earns no guarantee; remove it')
+    return problems
+
+
+def _privacy_params(spec: PlanSpec) -> PrivacyParams | None:
+    privacy, training = spec.privacy, spec.training
+    if privacy.epsilon is None or privacy.delta is None:
+        return None
+    noise_multiplier = calibrate_noise_multiplier(
+        privacy.epsilon,
+        delta=privacy.delta,
+        sampling_probability=training.sampling_probability,
+        num_steps=training.rounds * training.steps_per_round,
+    )
+    return PrivacyParams(
+        noise_multiplier=noise_multiplier,
+        sampling_probability=training.sampling_probability,
+        delta=privacy.delta,
+        l2_clip_norm=privacy.l2_clip_norm,
+    )
+
+
+def plan_from_canonical(data: bytes) -> Plan:
+    """Parse a plan received from the coordinator: bounded, strict, and canonical or refused.
+
+    Raises:
+        InvalidPlan: too large, not UTF-8 JSON, any field wrong, or not in canonical form.
+    """
+    if len(data) > MAX_PLAN_BYTES:
+        raise InvalidPlan([f"got {len(data)} bytes, wanted at most {MAX_PLAN_BYTES}"], source="received plan")
+    try:
+        spec = PlanSpec.model_validate_json(data)
+    except ValidationError as error:
+        raise InvalidPlan(describe_problems(error), source="received plan") from None
+    if canonical_bytes(spec) != data:
+        raise InvalidPlan(["not in canonical form, so its digest is ambiguous"], source="received plan")
+    return check_plan(spec, source="received plan")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        InvalidPlan: the file is missing, not UTF-8, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise InvalidPlan(["no such file"], source=str(path), hint="check the path") from None
+    except IsADirectoryError:
+        raise InvalidPlan(["got a folder, wanted a TOML file"], source=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise InvalidPlan([f"not UTF-8 at byte {error.start}"], source=str(path), hint="save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidPlan([f"not TOML: {error}"], source=str(path)) from None
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and check a plan file, or the ``[plan]`` table of a scenario file.
+
+    Raises:
+        InvalidPlan: with all problems at once.
+    """
+    document = read_toml(path)
+    inner = document.get("plan", document)
+    return check_plan(parse_spec(inner, source=str(path)), source=str(path))

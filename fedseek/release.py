@@ -1,0 +1,156 @@
+"""The release: adapter folder, model card, and each site's statement of what it cost in privacy.
+
+The statement uses the vocabulary of NIST SP 800-226 (unit, neighbouring relation, epsilon, delta, trust model, what is
+not covered). It fails closed: where a guard did not report, or the plan promises nothing, no epsilon is stated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from fedseek.dp.accounting import PrivacySpend
+from fedseek.errors import ReleaseRefused
+from fedseek.plan import Plan
+
+STATEMENT_VERSION: Final = 1
+NOT_COVERED: Final = (
+    "that a site took part, and how many records it holds",
+    "records held back for evaluation: their summed metrics are seen by the sites, without noise",
+    "the base model, which was trained elsewhere",
+    "other runs on the same data: their costs add up and are not counted in this statement",
+    "more than one record of a person where the unit is the record",
+    "a site that colludes with the coordinator: with one encryption layer it can read another site's noised update",
+)
+
+
+class PrivacyStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one site says about its part of a run. ``epsilon`` is None when none was earned."""
+
+    version: int = STATEMENT_VERSION
+    run: str
+    plan_digest: str
+    site: str
+    kind: str
+    mechanism: str
+    unit: str
+    neighboring_relation: str
+    epsilon: float | None
+    epsilon_second_opinion: float | None
+    delta: float | None
+    accountant: str
+    noise_multiplier: float | None
+    sampling_probability: float
+    num_steps: int
+    l2_clip_norm: float | None
+    guards_passed: tuple[str, ...]
+    trust_model: str
+    not_covered: tuple[str, ...] = NOT_COVERED
+
+
+def privacy_statement(
+    plan: Plan, *, run: str, site: str, kind: str, spend: PrivacySpend | None, guards_passed: Sequence[str], steps: int
+) -> PrivacyStatement:
+    """State what ``steps`` steps of training cost one site.
+
+    Raises:
+        ReleaseRefused: the plan promises privacy, but no guard reported or steps and spend disagree.
+    """
+    if plan.privacy is not None and (spend is None or not guards_passed or spend.num_steps != steps):
+        raise ReleaseRefused(
+            f"site {site!r}: {steps} steps trained, {spend.num_steps if spend else 0} accounted, "
+            f"{len(guards_passed)} guards passed; wanted steps and spend equal and every guard passed",
+            hint="no epsilon is stated that was not earned; run again",
+        )
+    privacy = plan.privacy
+    return PrivacyStatement(
+        run=run,
+        plan_digest=plan.digest,
+        site=site,
+        kind=kind,
+        mechanism=plan.spec.privacy.mechanism,
+        unit=plan.spec.kinds[kind].unit,
+        neighboring_relation="add or remove one unit",
+        epsilon=spend.epsilon() if spend else None,
+        epsilon_second_opinion=spend.epsilon_rdp() if spend else None,
+        delta=privacy.delta if privacy else None,
+        accountant="privacy loss distribution (dp_accounting); second opinion: Renyi" if spend else "none",
+        noise_multiplier=privacy.noise_multiplier if privacy else None,
+        sampling_probability=plan.spec.training.sampling_probability,
+        num_steps=steps,
+        l2_clip_norm=privacy.l2_clip_norm if privacy else None,
+        guards_passed=tuple(guards_passed),
+        trust_model="noise added at the site before anything leaves it; holds against everyone else",
+    )
+
+
+def statement_bytes(statement: PrivacyStatement) -> bytes:
+    """The JSON a site signs and publishes."""
+    return msgspec.json.format(msgspec.json.encode(statement), indent=2) + b"\n"
+
+
+def describe_statement(statement: PrivacyStatement) -> str:
+    """The statement in words, as Markdown."""
+    if statement.epsilon is None or statement.delta is None:
+        guarantee = "**No privacy guarantee.** The plan asked for none; treat the adapter like the training data."
+    else:
+        guarantee = (
+            f"**({statement.epsilon:.2f}, {statement.delta:g})-differential privacy** for one {statement.unit} "
+            f"({statement.neighboring_relation}), by {statement.mechanism} over {statement.num_steps} steps, "
+            f"noise multiplier {statement.noise_multiplier:.3f}, clip norm {statement.l2_clip_norm:g}, "
+            f"sampling probability {statement.sampling_probability:g}."
+        )
+    lines = [f"### {statement.site} ({statement.kind})", "", guarantee, ""]
+    if statement.guards_passed:
+        lines += [f"Checked while it ran: {', '.join(statement.guards_passed)}.", ""]
+    return "\n".join(lines)
+
+
+def model_card(
+    plan: Plan, *, run: str, statements: Sequence[PrivacyStatement], utility: Mapping[str, float], base: str
+) -> str:
+    """The README.md of a release, with the metadata block model hubs read. ``utility`` is by kind."""
+    spec = plan.spec
+    heads = "\n".join(
+        f"- `{kind}`: {len(task.labels)} labels, {task.metric} on held-back rows "
+        + (f"{utility[kind]:.3f}" if kind in utility else "not disclosed")
+        for kind, task in spec.kinds.items()
+    )
+    covered = "\n".join(f"- {line}" for line in NOT_COVERED)
+    told = "\n".join(describe_statement(statement) for statement in statements)
+    return f"""---
+library_name: peft
+base_model: {base}
+tags: [lora, federated-learning, differential-privacy]
+---
+
+# {spec.name}
+
+A LoRA adapter (method `{spec.lora.method}`, rank {spec.lora.rank}, alpha {spec.lora.alpha:g}) that institutions
+fine-tuned together without showing each other, or the coordinator, their text or their updates.
+
+- run `{run}`, plan `{plan.digest}`
+- base model `{base}`, weights sha256 `{spec.model.sha256}`
+- {spec.training.rounds} rounds of {spec.training.steps_per_round} steps
+
+## Heads
+
+{heads}
+
+## Privacy
+
+{told}
+Not covered:
+
+{covered}
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModel
+model = PeftModel.from_pretrained(AutoModel.from_pretrained("<base model>"), "<this folder>")
+```
+"""

@@ -1,0 +1,1 @@
+"""The coordinator an operator runs: it adds what it cannot read."""

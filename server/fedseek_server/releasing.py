@@ -1,0 +1,59 @@
+"""What the coordinator may write when every site has approved: the adapter and the sites' signed statements."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from fedseek.errors import Malformed, ReleaseRefused
+from fedseek.messages import ReleaseApproved
+from fedseek.release import PrivacyStatement, model_card
+from fedseek_server.coordinator import Coordinator
+
+ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+
+
+def write_release(coordinator: Coordinator, folder: Path) -> None:
+    """Write the release folder, all or nothing.
+
+    Raises:
+        ReleaseRefused: a site has not approved, or no site sent the adapter.
+        Malformed: a statement does not parse or speaks of another run, plan or site.
+    """
+    approvals = coordinator.approvals
+    missing = sorted(set(coordinator.roster.names) - set(approvals))
+    if missing:
+        raise ReleaseRefused(f"no approval from {', '.join(missing)}")
+    statements = [_statement_of(coordinator, approvals[site]) for site in sorted(approvals)]
+    sent = [approval.adapter for approval in approvals.values() if approval.adapter]
+    if len(sent) != 1 or set(sent[0]) != ADAPTER_FILES:
+        raise ReleaseRefused(f"{len(sent)} sites sent an adapter, wanted 1 with {', '.join(sorted(ADAPTER_FILES))}")
+
+    plan = coordinator.plan
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".release-", dir=folder.parent))
+    for name, data in sent[0].items():
+        (draft / name).write_bytes(data)
+    for site, approval in approvals.items():
+        (draft / f"privacy-{site}.json").write_bytes(approval.statement)
+        (draft / f"privacy-{site}.sig").write_bytes(approval.signature)
+    (draft / "plan.json").write_bytes(plan.canonical())
+    (draft / "roster.bin").write_bytes(coordinator.roster.canonical_bytes())
+    card = model_card(plan, run=coordinator.run, statements=statements, utility={}, base=plan.spec.model.source)
+    (draft / "README.md").write_text(card, "utf-8")
+    os.replace(draft, folder)
+
+
+def _statement_of(coordinator: Coordinator, approval: ReleaseApproved) -> PrivacyStatement:
+    try:
+        statement = msgspec.json.decode(approval.statement, type=PrivacyStatement)
+    except msgspec.MsgspecError as error:
+        raise Malformed(f"privacy statement of site {approval.site!r}: {error}") from None
+    said = (statement.run, statement.plan_digest, statement.site)
+    wanted = (coordinator.run, coordinator.plan.digest, approval.site)
+    if said != wanted:
+        raise Malformed(f"privacy statement of site {approval.site!r} speaks of {said}, wanted {wanted}")
+    return statement

@@ -1,0 +1,79 @@
+"""Run the baselines of a scenario side by side, in worker processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from simulations.scenario import Scenario
+from simulations.summary import Baselines
+
+
+def run_baselines(folder: Path, scenario: Scenario, console: Console) -> Baselines:
+    """Run what the scenario asks for; longest first, so that the workers end together."""
+    wanted = scenario.spec.simulation.baselines
+    if not wanted:
+        return Baselines()
+    private = scenario.plan.privacy is not None
+    local: dict[str, tuple[float, ...]] = {}
+    pooled: dict[str, tuple[float, ...]] | None = None
+    probe: dict[str, float] | None = None
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(scenario.spec.simulation.workers, mp_context=context, initializer=single_thread) as pool,
+        _display(console) as progress,
+    ):
+        jobs = _submit(pool, folder, scenario)
+        task = progress.add_task("baselines", total=len(jobs))
+        for job in as_completed(jobs):
+            name, result = jobs[job], job.result()
+            if name == "local_only":
+                local |= {site: tuple(line) for site, line in result.items()}
+            elif name == "centralised":
+                pooled = {site: tuple(line) for site, line in result.items()}
+            else:
+                probe = result
+            progress.update(task, advance=1, description=f"baselines: {name.replace('_', ' ')} done")
+    return Baselines(
+        local_only=local or None,
+        centralised=pooled,
+        linear_probe=None if private else probe,
+        dp_linear_probe=probe if private else None,
+    )
+
+
+def single_thread() -> None:
+    """One core a worker: the workers share the machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _submit(pool: ProcessPoolExecutor, folder: Path, scenario: Scenario) -> dict[Future[Any], str]:
+    from simulations.baselines import centralised, linear_probe, local_only
+
+    wanted = scenario.spec.simulation.baselines
+    jobs: dict[Future[Any], str] = {}
+    if "centralised" in wanted:
+        jobs[pool.submit(centralised, folder)] = "centralised"
+    if "linear_probe" in wanted:
+        jobs[pool.submit(linear_probe, folder)] = "linear_probe"
+    if "local_only" in wanted:
+        jobs |= {pool.submit(local_only, folder, site.name): "local_only" for site in scenario.spec.sites}
+    return jobs
+
+
+def _display(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description} {task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

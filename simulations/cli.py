@@ -1,0 +1,110 @@
+"""``fedseek simulate``: play a scenario on this machine, show it live, and leave a run folder behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from fedseek.errors import FedseekError
+from simulations.engine import QUIET
+from simulations.progress import follow
+from simulations.run_folder import create_run_folder
+from simulations.scenario import Scenario, load_scenario
+from simulations.summary import Summary
+
+
+@click.command(epilog="Example: fedseek simulate simulations/scenarios/demo.toml --rounds 2 --out /tmp/runs")
+@click.argument("scenario", type=click.Path(path_type=Path))
+@click.option("--rounds", type=click.IntRange(min=1), help="Play this many rounds instead of the plan's.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where run folders go."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print summary.json as one line on standard output.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log.")
+def simulate(scenario: Path, rounds: int | None, out: Path, as_json: bool, verbose: bool) -> None:
+    """Play SCENARIO: every site trains, encrypts and decrypts for real; the coordinator adds what it cannot read."""
+    os.environ.update(QUIET)
+    checked = load_scenario(scenario, rounds=rounds)
+    folder = create_run_folder(scenario, checked, out, rounds=rounds)
+    console = Console(stderr=True)
+    console.print(f"[bold]{checked.plan.spec.name}[/bold]: {len(checked.spec.sites)} sites, run folder {folder}")
+    play_engine(folder, checked, console, verbose=verbose)
+
+    from simulations.baseline_runs import run_baselines
+    from simulations.collect import collect_summary
+    from simulations.report import write_report
+    from simulations.summary import save_summary
+
+    baselines = run_baselines(folder, checked, console)
+    summary = collect_summary(folder, checked, baselines)
+    save_summary(summary, folder / "summary.json")
+    write_report(summary, folder / "report.html")
+    if as_json:
+        click.echo(summary.model_dump_json())
+    show_outcome(console, folder, summary)
+
+
+def play_engine(folder: Path, scenario: Scenario, console: Console, *, verbose: bool) -> None:
+    """Run the engine in a process group of its own and end all of it, whatever happens.
+
+    Raises:
+        FedseekError: the run failed, with the engine's own error.
+        KeyboardInterrupt: after the group has been ended.
+    """
+    with (folder / "engine.log").open("wb") as log:
+        process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+            [sys.executable, "-m", "simulations.engine", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=None if verbose else log,
+            stderr=None if verbose else log,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        try:
+            follow(process, folder, scenario, console)
+        finally:
+            end_group(process)
+    if process.returncode != 0:
+        raise failure_of(folder, process.returncode)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End every process of the engine's group: politely, then not."""
+    for number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def failure_of(folder: Path, returncode: int) -> FedseekError:
+    """The engine's failure as an error of this process, with the same exit code and text."""
+    path = folder / "failure.json"
+    if not path.exists():
+        return FedseekError(f"the engine ended with code {returncode}", hint=f"see {folder / 'engine.log'}")
+    told = json.loads(path.read_text("utf-8"))
+    error = FedseekError(told["message"], hint=told["hint"])
+    error.exit_code = told["exit_code"]  # type: ignore[misc]  # of this one instance: the class travelled as a code
+    return error
+
+
+def show_outcome(console: Console, folder: Path, summary: Summary) -> None:
+    """Where to look, and what was found, in a few lines."""
+    for verdict in summary.verdicts:
+        console.print(
+            f"  {'[green]yes[/green]' if verdict.met else '[red]no[/red] '} {verdict.claim}: {verdict.figure:.3g}"
+        )
+    console.print(f"adapter  {folder / 'release'}")
+    console.print(f"report   [bold]{folder / 'report.html'}[/bold]")

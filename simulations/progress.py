@@ -1,0 +1,81 @@
+"""Show a run while it goes on: rounds, phases, a bar for each site, and how long it will still take."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from simulations.events import Event, EventTail, coordinator_log, site_log
+from simulations.scenario import Scenario
+
+POLL_SECONDS = 0.2
+
+
+class RunDisplay:
+    """Turns events into bars; on something that is no terminal, into one line a phase."""
+
+    def __init__(self, scenario: Scenario, console: Console) -> None:
+        training = scenario.plan.spec.training
+        self._console = console
+        self._rounds = training.rounds
+        self._steps = training.steps_per_round
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        total = training.rounds * training.steps_per_round
+        self._overall = self.progress.add_task("steps, all sites", total=total * len(scenario.spec.sites))
+        self._sites: dict[str, TaskID] = {
+            site.name: self.progress.add_task(site.display_name or site.name, total=total)
+            for site in scenario.spec.sites
+        }
+        self._done: dict[str, int] = dict.fromkeys(self._sites, 0)
+
+    def site_event(self, site: str, event: Event) -> None:
+        """A site took steps, or said how well its adapter does."""
+        if event["event"] == "step":
+            self._done[site] = (event["round"] - 1) * self._steps + event["step"]
+            self.progress.update(self._sites[site], completed=self._done[site])
+            self.progress.update(self._overall, completed=sum(self._done.values()))
+
+    def coordinator_event(self, event: Event) -> None:
+        """A phase began or ended."""
+        if event["event"] != "phase":
+            return
+        words = {
+            "plan": "sites check the plan",
+            "key": "one site makes the group key and seals it to the others",
+            "round": f"round {event['round']} of {self._rounds}: apply, train, encrypt, add",
+            "close": "sites apply the last sum and evaluate",
+            "release": "sites approve the release",
+        }[event["phase"]]
+        self.progress.update(self._overall, description=words)
+        if not self._console.is_terminal:
+            self._console.print(words, highlight=False)
+
+
+def follow(process: subprocess.Popen[bytes], folder: Path, scenario: Scenario, console: Console) -> None:
+    """Show the run until its process ends."""
+    display = RunDisplay(scenario, console)
+    tails = {site.name: EventTail(site_log(folder, site.name)) for site in scenario.spec.sites}
+    coordinator = EventTail(coordinator_log(folder))
+    with display.progress:
+        running = True
+        while running:
+            running = process.poll() is None
+            for event in coordinator.read_new():
+                display.coordinator_event(event)
+            for site, tail in tails.items():
+                for event in tail.read_new():
+                    display.site_event(site, event)
+            time.sleep(POLL_SECONDS if running else 0)
