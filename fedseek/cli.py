@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -79,6 +81,7 @@ def check(plan_file: Path, as_json: bool) -> None:
 def predict(plan_file: Path, as_json: bool) -> None:
     """Bytes, ciphertexts, noise budget, seconds of cryptography here, and epsilon of PLAN_FILE."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about its own attributes
     from fedseek.predict import predict_plan, prediction_document  # brings torch, which takes seconds to import
 
     checked = load_plan(plan_file)
@@ -89,20 +92,16 @@ def predict(plan_file: Path, as_json: bool) -> None:
     _show_prediction(checked, document)
 
 
-def _show_prediction(checked: Plan, document: dict[str, object]) -> None:
-    table = Table(title=f"plan {checked.spec.name}", title_justify="left", show_header=True)
+def _show_prediction(checked: Plan, document: dict[str, Any]) -> None:
+    rows = {name: figure for name, figure in document.items() if name != "kinds"}
+    for kind, predicted in document["kinds"].items():
+        rows |= {f"{kind}: {name}": figure for name, figure in predicted.items()}
+    table = Table(title=f"plan {checked.spec.name}", title_justify="left")
     table.add_column("what")
     table.add_column("predicted", justify="right")
-    for key, value in document.items():
-        for name, figure in value.items() if isinstance(value, dict) else [("", value)]:
-            shown = (
-                f"{figure:,.4g}"
-                if isinstance(figure, float)
-                else f"{figure:,}"
-                if isinstance(figure, int)
-                else str(figure)
-            )
-            table.add_row(f"{key.replace('_', ' ')} {name}".strip(), shown)
+    for name, figure in rows.items():
+        shown = f"{figure:,.4g}" if isinstance(figure, float) else f"{figure:,}" if isinstance(figure, int) else "-"
+        table.add_row(name.replace("_", " "), shown)
     Console().print(table)
 
 

@@ -173,7 +173,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[_M], data: bytes, limit: int) -> _M
         raise TooLarge(f"message: got {len(data)} bytes, wanted at most {limit}")
     try:
         return decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # msgspec lets the last two through
         raise Malformed(f"message of {len(data)} bytes refused: {error}") from None
 
 

@@ -76,7 +76,7 @@ class LoraSpec(_Section):
     rank: Annotated[int, Field(ge=1, le=512)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     target_modules: Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], Field(min_length=1)]
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     """Encoder layers to adapt; all when absent. Top layers only is faster: nothing below them is differentiated."""
 
 

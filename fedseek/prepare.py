@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from fedseek.encode import UpdateLayout
-from fedseek.lora.model import AdapterModel, LoraParams, adapter_tensors, build_model, head_tensors
+from fedseek.lora.model import AdapterModel, LoraParams, adapter_shapes, build_model, head_shapes
 from fedseek.plan import GLOBAL_SCOPE, Plan, head_scope
 from fedseek.train import TrainingSettings
 
@@ -31,10 +31,9 @@ def prepare_model(plan: Plan, kind: str, base: PreTrainedModel) -> AdapterModel:
 def prepare_layouts(kind: str, model: AdapterModel) -> dict[str, UpdateLayout]:
     """Layout of each scope a site of ``kind`` contributes to."""
     head = head_scope(kind)
-    tensors = {GLOBAL_SCOPE: (adapter_tensors(model), ()), head: (head_tensors(model), HELD_BACK_METRICS)}
     return {
-        scope: UpdateLayout(scope, tuple((name, value.shape) for name, value in values.items()), metrics)
-        for scope, (values, metrics) in tensors.items()
+        GLOBAL_SCOPE: UpdateLayout(GLOBAL_SCOPE, adapter_shapes(model)),
+        head: UpdateLayout(head, head_shapes(model), HELD_BACK_METRICS),
     }
 
 

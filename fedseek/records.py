@@ -8,6 +8,7 @@ Texts and labels never appear in what leaves the site; errors name file, line an
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,10 @@ def read_rows(path: Path) -> list[Row]:
         raise InvalidRecords(
             f"{path}: no such file", hint="check the path; shared public data is found through FEDSEEK_DATA"
         ) from None
+    except IsADirectoryError:
+        raise InvalidRecords(f"{path}: got a folder, wanted a file") from None
+    except PermissionError:
+        raise InvalidRecords(f"{path}: this account may not read it", hint="check the owner and mode") from None
     except UnicodeDecodeError as error:
         raise InvalidRecords(
             f"{path}: not UTF-8 (byte {error.object[error.start]:#04x} at offset {error.start})",
@@ -126,20 +131,22 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(_read_text(path).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)  # lines end as in a file
     try:
         for row in reader:
             if None in row or None in row.values():
                 raise InvalidRecords(f"{path}, line {reader.line_num}: wanted {len(reader.fieldnames or [])} fields")
             yield row
     except csv.Error as error:
-        raise InvalidRecords(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+        raise InvalidRecords(f"{path}, line {reader.reader.line_num}: not CSV: {error}") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowInvalid, OSError) as error:  # OSError: its metadata does not parse
         raise InvalidRecords(f"{path}: not Parquet: {error}") from None
     yield from table.to_pylist()
 
@@ -177,6 +184,8 @@ def _text_of(row: Row, column: str, number: int, source: str) -> str:
     text = "" if value is None else str(value).strip()
     if not text:
         raise InvalidRecords(f"{source}, row {number}: column {column!r} is empty, wanted text")
+    if any("\ud800" <= char <= "\udfff" for char in text):  # JSON may escape half a character; tokenizers refuse it
+        raise InvalidRecords(f"{source}, row {number}: column {column!r} holds half a character (a lone surrogate)")
     return text
 
 

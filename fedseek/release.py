@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from fedseek.dp.accounting import PrivacySpend
+from fedseek.dp.guards import TRAINING_GUARDS
 from fedseek.errors import ReleaseRefused
 from fedseek.plan import Plan
 
@@ -58,10 +59,12 @@ def privacy_statement(
     Raises:
         ReleaseRefused: the plan promises privacy, but no guard reported or steps and spend disagree.
     """
-    if plan.privacy is not None and (spend is None or not guards_passed or spend.num_steps != steps):
+    missing = sorted(set(TRAINING_GUARDS) - set(guards_passed)) if plan.privacy else []
+    accounted = (spend.params, spend.num_steps) if spend else None
+    if missing or accounted != ((plan.privacy, steps) if plan.privacy else None):
         raise ReleaseRefused(
-            f"site {site!r}: {steps} steps trained, {spend.num_steps if spend else 0} accounted, "
-            f"{len(guards_passed)} guards passed; wanted steps and spend equal and every guard passed",
+            f"site {site!r}: {steps} steps trained, {spend.num_steps if spend else 0} accounted, guards not passed: "
+            f"{', '.join(missing) or 'none'}; wanted every step accounted as the plan says and every guard passed",
             hint="no epsilon is stated that was not earned; run again",
         )
     privacy = plan.privacy
@@ -119,11 +122,13 @@ def model_card(
         for kind, task in spec.kinds.items()
     )
     covered = "\n".join(f"- {line}" for line in NOT_COVERED)
+    private = bool(statements) and all(statement.epsilon is not None for statement in statements)
+    tags = ["lora", "federated-learning", *(["differential-privacy"] if private else [])]
     told = "\n".join(describe_statement(statement) for statement in statements)
     return f"""---
 library_name: peft
 base_model: {base}
-tags: [lora, federated-learning, differential-privacy]
+tags: [{", ".join(tags)}]
 ---
 
 # {spec.name}

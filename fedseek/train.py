@@ -315,6 +315,7 @@ def _open_step(
 def _make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
     """Two groups: the adapter, and the head with a learning rate of its own."""
     trainable = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+    guards.check_something_to_train(bool(trainable))
     groups = [
         {"params": [tensor for name, tensor in trainable if _HEAD not in name], "lr": settings.learning_rate},
         {"params": [tensor for name, tensor in trainable if _HEAD in name], "lr": settings.head_learning_rate},

@@ -16,17 +16,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from fedseek.evaluate import evaluate
-from fedseek.train import train_round
-from fedseek_site.admission import units_for
 from torch import nn
 
 from fedseek.dp.accounting import PrivacySpend
+from fedseek.evaluate import evaluate
 from fedseek.lora.model import AdapterModel
 from fedseek.lora.source import load_base, locate_model
 from fedseek.plan import Plan
 from fedseek.prepare import prepare_model, prepare_settings
 from fedseek.records import TokenisedRecords, tokenise
+from fedseek.train import train_round
+from fedseek_site.admission import units_for
 from simulations.run_folder import open_scenario, synthetic_folder
 from simulations.scenario import Scenario, read_site_data
 
@@ -87,9 +87,9 @@ def linear_probe(run_folder: Path) -> dict[str, float]:
     utilities = {}
     for kind in sorted({bench.kind for bench in benches}):
         of_kind = [bench for bench in benches if bench.kind == kind]
-        probes = [Probe(prepare_model(plan, kind, base), bench) for bench in of_kind]
+        probes = [Probe(prepare_model(plan, kind, copy.deepcopy(base)), bench) for bench in of_kind]
         spends = [PrivacySpend(plan.privacy) if plan.privacy else None for _ in probes]
-        for _ in range(plan.spec.training.rounds):
+        for done in range(plan.spec.training.rounds):
             for index, probe in enumerate(probes):
                 spends[index] = train_round(
                     probe,
@@ -97,6 +97,7 @@ def linear_probe(run_folder: Path) -> dict[str, float]:
                     settings=prepare_settings(plan),
                     privacy=plan.privacy,
                     spend=spends[index],
+                    steps_before=done * plan.spec.training.steps_per_round,
                 ).spend
             _average_heads(probes)
         for probe, bench in zip(probes, of_kind, strict=True):

@@ -16,7 +16,7 @@ from fedseek.errors import FedseekError
 from simulations.engine import QUIET
 from simulations.progress import follow
 from simulations.run_folder import create_run_folder
-from simulations.scenario import Scenario, load_scenario
+from simulations.scenario import Scenario, load_scenario, read_site_data
 from simulations.summary import Summary
 
 
@@ -32,6 +32,9 @@ def simulate(scenario: Path, rounds: int | None, out: Path, as_json: bool, verbo
     """Play SCENARIO: every site trains, encrypts and decrypts for real; the coordinator adds what it cannot read."""
     os.environ.update(QUIET)
     checked = load_scenario(scenario, rounds=rounds)
+    if checked.spec.synthetic is None:
+        for site in checked.spec.sites:  # a wrong file is named before anything is written or started
+            read_site_data(checked, site)
     folder = create_run_folder(scenario, checked, out, rounds=rounds)
     console = Console(stderr=True)
     console.print(f"[bold]{checked.plan.spec.name}[/bold]: {len(checked.spec.sites)} sites, run folder {folder}")
@@ -49,6 +52,8 @@ def simulate(scenario: Path, rounds: int | None, out: Path, as_json: bool, verbo
     if as_json:
         click.echo(summary.model_dump_json())
     show_outcome(console, folder, summary)
+    if sys.stdin.isatty() and console.is_terminal and not as_json and click.confirm("Open the report?", default=False):
+        click.launch(str(folder / "report.html"))
 
 
 def play_engine(folder: Path, scenario: Scenario, console: Console, *, verbose: bool) -> None:

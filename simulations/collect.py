@@ -71,7 +71,9 @@ def collect_rounds(scenario: Scenario, reports: Mapping[str, list[Event]], coord
     """Round 0 is the state before training; round r ends when its sum has been applied at every site."""
     rounds = []
     for number in range(scenario.plan.spec.training.rounds + 1):
-        sites = tuple(_site_round(scenario, site.name, site.kind, reports[site.name], number) for site in scenario.spec.sites)
+        sites = tuple(
+            _site_round(scenario, site.name, site.kind, reports[site.name], number) for site in scenario.spec.sites
+        )
         rounds.append(
             Round(
                 round=number,
@@ -89,7 +91,9 @@ def write_metrics(path: Path, rounds: Iterable[Round]) -> None:
     with path.open("w", encoding="utf-8") as stream:
         for entry in rounds:
             for site in entry.sites:
-                stream.write(json.dumps({"round": entry.round, **site.model_dump(mode="json")}, ensure_ascii=False) + "\n")
+                stream.write(
+                    json.dumps({"round": entry.round, **site.model_dump(mode="json")}, ensure_ascii=False) + "\n"
+                )
 
 
 def last(events: Iterable[Event], name: str) -> Event:
@@ -129,13 +133,17 @@ def _utility_by_kind(scenario: Scenario, reports: Mapping[str, list[Event]], num
 def _round_seconds(coordinator: list[Event], number: int) -> float:
     """Wall time of a round at the coordinator: from its requests until its sum is ready to be sent."""
     opened = [e["t"] for e in coordinator if e["event"] == "phase" and e["phase"] == "round" and e["round"] == number]
-    summed = [e["t"] for e in coordinator if e["event"] == "aggregated" and e["phase"] == "round" and e["round"] == number]
+    summed = [
+        e["t"] for e in coordinator if e["event"] == "aggregated" and e["phase"] == "round" and e["round"] == number
+    ]
     return max(summed[0] - opened[0], 0.0) if opened and summed else 0.0
 
 
 def _coordinator_round(coordinator: list[Event], number: int) -> CoordinatorRound:
     replies = [e for e in coordinator if e["event"] == "reply" and e["phase"] == "round" and e["round"] == number]
-    summed = next(e for e in coordinator if e["event"] == "aggregated" and e["phase"] == "round" and e["round"] == number)
+    summed = next(
+        e for e in coordinator if e["event"] == "aggregated" and e["phase"] == "round" and e["round"] == number
+    )
     return CoordinatorRound(
         aggregate_s=summed["seconds"],
         bytes_in=sum(event["bytes_in"] for event in replies),
@@ -192,8 +200,8 @@ def _totals(plan: Plan, coordinator: list[Event], rounds: list[Round], values: M
     sites = [site for entry in rounds for site in entry.sites]
     by_phase = {phase: sum(getattr(site.seconds, phase) for site in sites) for phase in PHASES}
     aggregate = sum(event["seconds"] for event in coordinator if event["event"] == "aggregated")
-    # plain FedAvg sends every value as float32, up and down, every round
-    plain = 2 * 4 * plan.spec.training.rounds * sum(sum(by_scope.values()) for by_scope in values.values())
+    # plain FedAvg sends every value up as float32, every round
+    plain = 4 * plan.spec.training.rounds * sum(sum(by_scope.values()) for by_scope in values.values())
     return Totals(
         seconds=coordinator[-1]["t"] - coordinator[0]["t"],
         bytes_up=sum(site.bytes_up for site in sites),

@@ -27,6 +27,9 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning,ignore::DeprecationWarning",
 }
 
 
@@ -37,13 +40,13 @@ def play(run_folder: Path, scratch: Path) -> None:
         FedseekError: the run failed; nothing half-written is left in ``release/``.
     """
     import ray
+    from flwr.simulation import run_simulation
+
+    from fedseek.identity.roster import Roster
     from fedseek_server.app import build_server_app
     from fedseek_server.coordinator import Coordinator
     from fedseek_server.releasing import write_release
     from fedseek_site.app import build_client_app
-    from flwr.simulation import run_simulation
-
-    from fedseek.identity.roster import Roster
     from simulations.events import EventLog, coordinator_log, peak_rss_mb
     from simulations.hosts import deliver_to_host, start_hosts
     from simulations.run_folder import open_scenario

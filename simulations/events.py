@@ -49,8 +49,9 @@ def coordinator_log(run_folder: Path) -> Path:
 def read_events(path: Path) -> Iterator[Event]:
     """Every event of a file; none if it does not exist."""
     if path.exists():
-        for line in path.read_text("utf-8").splitlines():
-            yield json.loads(line)
+        with path.open(encoding="utf-8", newline="\n") as stream:  # a text may hold other characters that end lines
+            for line in stream:
+                yield json.loads(line)
 
 
 class EventTail:

@@ -24,9 +24,9 @@ class SiteHost:
 
     def __init__(self, run_folder: str, *, first: int, stride: int) -> None:
         import torch
-        from fedseek_site.service import SiteService
 
         from fedseek.identity.keys import SiteIdentity
+        from fedseek_site.service import SiteService
         from simulations.run_folder import open_scenario, synthetic_folder
         from simulations.scenario import read_site_data
 

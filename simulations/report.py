@@ -197,7 +197,7 @@ def _bytes_chart(summary: Summary) -> Chart:
 
 def _sites_table(summary: Summary) -> Table:
     guards = summary.release.guards_passed if summary.release else {}
-    unit = f"{summary.privacy.unit}s" if summary.privacy else "units"
+    unit = " or ".join(f"{name}s" for name in summary.privacy.unit.split(" or ")) if summary.privacy else "units"
     header = ("site", "kind", "records", unit, "held back", "ε spent", "guards passed")
     spent = {entry.site: entry.epsilon for entry in summary.final.sites}
     rows = tuple(

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fedseek_site.admission import SiteData
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from fedseek.errors import InvalidPlan, InvalidRecords
+from fedseek.errors import InvalidPlan, InvalidRecords, Malformed
+from fedseek.identity.roster import check_name
 from fedseek.plan import Plan, check_plan, describe_problems, parse_spec, read_toml
 from fedseek.records import Columns, Records, Row, read_rows, to_records
+from fedseek_site.admission import MIN_SITES_OF_KIND, SiteData
 
 DATA_VARIABLE, SYNTHETIC_VARIABLE = "FEDSEEK_DATA", "SYNTHETIC"
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -111,9 +112,9 @@ def load_scenario(path: Path, *, rounds: int | None = None) -> Scenario:
         spec = ScenarioSpec.model_validate_json(json.dumps(document, default=str))
     except ValidationError as error:
         problems += describe_problems(error)
-    plan_table = dict(document.get("plan", {}))
-    if rounds is not None:
-        plan_table["training"] = {**plan_table.get("training", {}), "rounds": rounds}
+    plan_table = document.get("plan", {})
+    if rounds is not None and isinstance(plan_table, dict) and isinstance(plan_table.get("training"), dict):
+        plan_table = {**plan_table, "training": {**plan_table["training"], "rounds": rounds}}
     try:
         plan = check_plan(parse_spec(plan_table, source="plan"))
     except InvalidPlan as error:
@@ -129,11 +130,19 @@ def _inconsistencies(spec: ScenarioSpec, plan: Plan) -> list[str]:
     names = [site.name for site in spec.sites]
     cohort = plan.spec.cohort
     problems = [f"sites: name {name!r} is given twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    for name in names:
+        try:
+            check_name("site name", name)
+        except Malformed as error:
+            problems.append(f"sites: {error.message}")
     if not cohort.min_sites <= len(names) <= cohort.max_sites:
         problems.append(
             f"sites: got {len(names)}, wanted {cohort.min_sites} to {cohort.max_sites} (plan.cohort); "
             "more sites than the packing allows would overflow the encrypted sum"
         )
+    for kind in sorted({site.kind for site in spec.sites}):
+        if sum(site.kind == kind for site in spec.sites) < MIN_SITES_OF_KIND:
+            problems.append(f"sites: only one of kind {kind!r}, wanted at least {MIN_SITES_OF_KIND} to share its head")
     for site in spec.sites:
         if site.kind not in plan.spec.kinds:
             problems.append(f"sites.{site.name}: kind {site.kind!r} has no task in plan.kinds")

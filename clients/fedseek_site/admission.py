@@ -13,6 +13,8 @@ from fedseek.lora.source import check_model, locate_model
 from fedseek.plan import Plan
 from fedseek.records import Records
 
+MIN_SITES_OF_KIND = 2
+
 
 @dataclass(frozen=True, slots=True)
 class SiteData:
@@ -38,6 +40,10 @@ def check_admission(plan: Plan, roster: Roster, *, me: RosterEntry, data: SiteDa
             me.name,
             f"the roster has {len(roster.entries)} sites, "
             f"the plan wants {plan.spec.cohort.min_sites} to {plan.spec.cohort.max_sites}",
+        )
+    if sum(entry.kind == me.kind for entry in roster.entries) < MIN_SITES_OF_KIND:
+        raise PlanRefused(
+            me.name, f"this is the only site of kind {me.kind!r}: the sum of its heads would be its own head"
         )
     if task.unit != "record" and data.train.unit_column is None:
         raise PlanRefused(me.name, f"the plan protects a {task.unit}, this site's data names no unit column")

@@ -20,15 +20,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from fedseek.evaluate import Evaluation, evaluate
-from fedseek.train import train_round
 
 from fedseek.decrypt import decrypt_sum
 from fedseek.dp.accounting import PrivacySpend
 from fedseek.dp.guards import check_metrics
 from fedseek.encode import SummedUpdate, encode_update, num_ciphertexts
 from fedseek.encrypt import encrypt_update
-from fedseek.errors import WrongKey, WrongRound
+from fedseek.errors import CohortTooSmall, WrongKey, WrongRound
+from fedseek.evaluate import Evaluation, evaluate
 from fedseek.he.ciphertext import ScopedCiphertexts
 from fedseek.he.keys import SecretKey
 from fedseek.identity.keys import SiteIdentity
@@ -53,6 +52,7 @@ from fedseek.messages import (
 from fedseek.plan import Plan, head_scope, plan_from_canonical
 from fedseek.prepare import HELD_BACK_METRICS, prepare_model, prepare_settings
 from fedseek.records import TokenisedRecords, tokenise
+from fedseek.train import train_round
 from fedseek_site.admission import SiteData, check_admission, check_labels, units_for
 from fedseek_site.releasing import write_site_release
 from fedseek_site.weights import (
@@ -128,6 +128,7 @@ class SiteRun:
             )
             for entry in self.roster.entries
         }
+        self.key = key  # held from here on, so a second request is refused; round 1 takes it again from the envelope
         return KeysSealed(run=self.run_id, site=self.identity.name, epoch=EPOCH, envelopes=envelopes)
 
     def play_round(self, request: RoundRequest) -> UpdateReply:
@@ -191,7 +192,7 @@ class SiteRun:
             raise WrongKey("round 1 came without a sealed group key")
         try:
             sealed = msgspec.msgpack.decode(envelope, type=SealedKey)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # msgspec lets the second one through
             raise WrongKey(f"the envelope with the group key does not parse: {error}") from None
         secret = open_sealed(sealed, receiver=self.identity, roster=self.roster, run=self.run_id, epoch=EPOCH)
         self.key = SecretKey.from_bytes(self.plan.packing.params, secret)
@@ -222,7 +223,8 @@ class SiteRun:
         return evaluation
 
     def _decrypt(self, down: AggregateDown, scopes: Sequence[str]) -> dict[str, SummedUpdate]:
-        return decrypt_sum(
+        """Decrypt sums, and see that every site of the scope is in them: a sum of fewer says too much about each."""
+        summed = decrypt_sum(
             self._group_key(),
             down.sums,
             layouts={scope: self.scopes[scope].layout for scope in scopes},
@@ -230,6 +232,11 @@ class SiteRun:
             value_ranges={scope: self.scopes[scope].value_range for scope in scopes},
             weight_cap=self.plan.weight_cap,
         )
+        for scope, update in summed.items():
+            wanted = sum(scope in self.plan.scopes(entry.kind) for entry in self.roster.entries)
+            if update.contributors != wanted:
+                raise CohortTooSmall(f"sum of {scope!r}: holds {update.contributors} sites, wanted all {wanted}")
+        return summed
 
     def _train(self, round_number: int) -> dict[str, npt.NDArray[np.float32]]:
         """Train one round; return the update of each scope and put the round's first weights back."""
@@ -242,7 +249,8 @@ class SiteRun:
             steps_before=self.steps_done,
             on_step=lambda step, of: self.observe({"event": "step", "round": round_number, "step": step, "of": of}),
         )
-        self.spend, self.guards_passed = outcome.spend, outcome.guards_passed
+        self.spend = outcome.spend
+        self.guards_passed = tuple(sorted({*self.guards_passed, *outcome.guards_passed}))
         self.steps_done += outcome.num_steps
         updates = local_updates(self.model, self.scopes)
         load_weights(self.model, self.scopes)
@@ -273,7 +281,8 @@ class SiteRun:
                 strict=True,
             )
         )
-        check_metrics(tuple(metrics), private=self.plan.privacy is not None)
+        if self.plan.privacy is not None:
+            self.guards_passed = tuple(sorted({*self.guards_passed, check_metrics(metrics, private=True)}))
         return metrics
 
     def _reply(self, round_number: int, update: tuple[ScopedCiphertexts, ...]) -> UpdateReply:

@@ -183,6 +183,17 @@ def check_sampling_from_plan(sampling_probability: float, *, planned: float, num
     return SAMPLING_FROM_PLAN
 
 
+def check_something_to_train(depends_on_trainable: bool) -> str:
+    """The losses depend on a tensor that is trained: a frozen adapter would spend privacy and learn nothing."""
+    if not depends_on_trainable:
+        raise GuardTripped(
+            EVERY_TENSOR_TRAINED,
+            "no tensor that the losses depend on requires a gradient",
+            hint="set what is trainable before training",
+        )
+    return EVERY_TENSOR_TRAINED
+
+
 def check_per_record_gradients(trainable: Mapping[str, Tensor], held: Iterable[Tensor], *, num_records: int) -> str:
     """The model's trainable tensors are those the optimiser holds, each with a gradient for every record.
 

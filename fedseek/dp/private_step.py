@@ -9,6 +9,7 @@ our own noise. What a record is, and how its loss is computed, the caller knows;
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -121,6 +122,8 @@ class PrivateStep:
         self.model = model
         self._optimizer = optimizer
         self._privacy = privacy
+        # Not optimizer.params: that list leaves a tensor out as soon as it is frozen.
+        self._held = [tensor for group in optimizer.param_groups for tensor in group["params"]]
         self._trained_on: list[NDArray[np.int64]] = []
         self._before = {name: tensor.detach().clone() for name, tensor in self._trainable().items()}
         self.passed = {optimizer.probe_noise()}
@@ -208,10 +211,9 @@ class PrivateStep:
     def _backward(self, losses: torch.Tensor) -> None:
         if losses.dim() != 1:
             raise ValueError(f"losses have shape {tuple(losses.shape)}, wanted (num_records,): one for each record")
+        guards.check_something_to_train(losses.requires_grad)
         losses.sum().backward()  # type: ignore[no-untyped-call]
-        self.passed.add(
-            guards.check_per_record_gradients(self._trainable(), self._optimizer.params, num_records=len(losses))
-        )
+        self.passed.add(guards.check_per_record_gradients(self._trainable(), self._held, num_records=len(losses)))
 
     def _clear_gradients(self) -> None:
         """Free the per-record gradients and the un-noised sum that autograd left; keep the clipped sum."""
@@ -241,7 +243,10 @@ def private_step(
             l2_clip_norm=privacy.l2_clip_norm,
             expected_batch_size=expected_batch_size,
         )
-        yield PrivateStep(wrapped, noised, privacy)
+        with warnings.catch_warnings():
+            # Frozen layers below the first adapter: its inputs require no gradient, which is as it should be.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            yield PrivateStep(wrapped, noised, privacy)
     finally:
         _unwrap(wrapped, model)
 

@@ -133,7 +133,7 @@ def parse_roster(data: bytes) -> Roster:
     """
     try:
         roster = msgspec.msgpack.decode(data, type=Roster)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # msgspec lets the second one through
         raise Malformed(f"roster of {len(data)} bytes does not parse: {error}") from None
     if roster.canonical_bytes() != data:
         raise Malformed("roster is not in canonical form, so its digest is ambiguous")
@@ -153,6 +153,8 @@ def check_name(what: str, name: str) -> None:
         raise Malformed(f"{what} has {len(name)} characters, wanted 1 to {MAX_NAME_CHARS}")
     if not name.isprintable() or name != name.strip():
         raise Malformed(f"{what} {name!r} has invisible characters or spaces at an end")
+    if name.startswith(".") or "/" in name or "\\" in name:  # a name becomes part of file names
+        raise Malformed(f"{what} {name!r} starts with a dot or holds a slash")
     if not unicodedata.is_normalized("NFC", name):
         raise Malformed(f"{what} {name!r} is not in Unicode form NFC")
 

@@ -22,6 +22,7 @@ def save_adapter(model: AdapterModel, folder: Path, *, base_name: str) -> None:
     config.base_model_name_or_path = base_name
     config.inference_mode = True
     model.encoder.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card template: empty but for that path
 
 
 def save_head(model: AdapterModel, folder: Path, *, kind: str, labels: Sequence[str]) -> None:

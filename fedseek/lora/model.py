@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from fedseek.errors import WrongModel
 
 Tensors = dict[str, npt.NDArray[np.float32]]
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +73,25 @@ def build_model(base: PreTrainedModel, params: LoraParams, *, num_labels: int, h
         bias="none",
         task_type="FEATURE_EXTRACTION",
     )
+    there = f"linear layers there: {', '.join(sorted(set(_linear_names(base))))}"
     try:
         encoder = get_peft_model(base, config)
     except ValueError as error:
-        raise WrongModel(
-            f"cannot put the adapter on the base model: {error}",
-            hint=f"linear layers there: {', '.join(sorted(set(_linear_names(base))))}",
-        ) from None
+        raise WrongModel(f"cannot put the adapter on the base model: {error}", hint=there) from None
+    if missing := _not_adapted(encoder, params):
+        raise WrongModel(f"cannot put the adapter on the base model: no linear {', '.join(missing)}", hint=there)
     head = nn.Linear(base.config.hidden_size, num_labels)
     _set_initial_values(encoder, head, params, head_seed)
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_("lora_B" in name or (params.method == "both" and "lora_A" in name))
     return AdapterModel(encoder, head)
+
+
+def _not_adapted(encoder: nn.Module, params: LoraParams) -> list[str]:
+    """Peft is content when one of the names, and one of the layers, is there; a plan means all of them."""
+    adapted = [name.split(".lora_B.")[0] for name, _ in encoder.named_parameters() if ".lora_B." in name]
+    missing = [name for name in params.target_modules if not any(path.endswith(f".{name}") for path in adapted)]
+    return missing + [f"in layer {n}" for n in params.layers or () if not any(f".{n}." in path for path in adapted)]
 
 
 def _linear_names(base: nn.Module) -> Iterator[str]:
@@ -119,12 +127,27 @@ def head_tensors(model: AdapterModel) -> Tensors:
     return _tensors(model, "head.")
 
 
+def adapter_shapes(model: AdapterModel) -> Shapes:
+    """Name and shape of each of ``adapter_tensors``; also of a model that was built without weights."""
+    return tuple((name, tuple(parameter.shape)) for name, parameter in _trained(model, "encoder."))
+
+
+def head_shapes(model: AdapterModel) -> Shapes:
+    """Name and shape of each of ``head_tensors``; also of a model that was built without weights."""
+    return tuple((name, tuple(parameter.shape)) for name, parameter in _trained(model, "head."))
+
+
 def _tensors(model: AdapterModel, scope: str) -> Tensors:
     return {
         name: parameter.detach().cpu().numpy().astype(np.float32, copy=True)
-        for name, parameter in sorted(model.named_parameters())
-        if parameter.requires_grad and name.startswith(scope)
+        for name, parameter in _trained(model, scope)
     }
+
+
+def _trained(model: AdapterModel, scope: str) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad and name.startswith(scope):
+            yield name, parameter
 
 
 def load_tensors(model: AdapterModel, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:

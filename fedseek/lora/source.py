@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from fedseek.errors import WrongModel
+
+_PACKAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def locate_model(source: str) -> Path:
@@ -33,7 +36,8 @@ def locate_model(source: str) -> Path:
 
 
 def _package_folder(distribution: str) -> Path:
-    found = importlib.util.find_spec(distribution.replace("-", "_"))
+    # The name may come from a coordinator's plan; with a dot in it, find_spec would import the package before the dot.
+    found = importlib.util.find_spec(distribution.replace("-", "_")) if _PACKAGE_NAME.fullmatch(distribution) else None
     roots = list(found.submodule_search_locations or []) if found else []
     candidates = (config for root in roots for config in Path(root).rglob("config.json"))
     configs = [config for config in candidates if any(config.parent.glob("*.safetensors"))]
@@ -82,8 +86,12 @@ def check_model(folder: Path, wanted: str) -> None:
 
 def load_base(folder: Path) -> PreTrainedModel:
     """Load the frozen base model, float32, with dropout switched off (why: see fedseek.lora.model)."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    for name, value in vars(config).items():  # some attentions keep the bare number instead of a Dropout module
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
     base: PreTrainedModel = AutoModel.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        folder, config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
     )
     _switch_dropout_off(base)
     return base

@@ -41,6 +41,7 @@ from fedseek.messages import (
 from fedseek.plan import GLOBAL_SCOPE, Plan
 
 EPOCH = 0
+MIN_SITES_IN_SUM = 2  # of any scope; how many sites a run needs is the plan's cohort.min_sites, checked by each site
 SETUP_REPLY_BYTES = 64 << 20  # admissions and sealed keys: 1024 sites x 35 KB envelopes
 Observe = Callable[[dict[str, Any]], None]
 R = TypeVar("R", bound=Reply)
@@ -224,12 +225,14 @@ class Coordinator:
         started = time.perf_counter()
         agg_update(self._sum(), reply.update)
         self._aggregate_seconds += time.perf_counter() - started
+        self._keep_digests(reply.site, reply.digests)
 
     def _take_approval(self, node: int, reply: ReleaseApproved) -> None:
         self._check_sender(node, reply.site)
         signed = release_message(self.run, reply.digests, reply.statement)
         verify(self.roster.entry(reply.site), CONTEXT_RELEASE, signed, reply.signature)
         self._check_digests(reply.site, reply.digests)
+        self._keep_digests(reply.site, reply.digests)
         self.approvals[reply.site] = reply
 
     def _check_sender(self, node: int, site: str) -> None:
@@ -242,12 +245,17 @@ class Coordinator:
         if set(digests) != wanted:
             raise Malformed(f"site {site!r} signed digests of {sorted(digests)}, wanted {sorted(wanted)}")
         for scope, digest in digests.items():
-            first, agreed = self._digests.setdefault(scope, (site, digest))
+            first, agreed = self._digests.get(scope, (site, digest))
             if digest != agreed:
                 raise AdapterDiverged(
                     f"round {self._expected.round}: site {site!r} holds other values of {scope!r} than site {first!r}",
                     hint="the run stops before they are mixed; compare versions and hardware of the two sites",
                 )
+
+    def _keep_digests(self, site: str, digests: Mapping[str, bytes]) -> None:
+        """What the next sites are compared with; only of a reply that was taken whole."""
+        for scope, digest in digests.items():
+            self._digests.setdefault(scope, (site, digest))
 
     def _ciphertexts(self) -> dict[str, int]:
         return {scope: n for admitted in self._admitted.values() for scope, n in admitted.ciphertexts.items()}
@@ -264,7 +272,7 @@ class Coordinator:
     def _finish_sum(self) -> tuple[ScopedSum, ...]:
         self._all_answered()
         started = time.perf_counter()
-        sums = agg_finish(self._sum(), min_sites=self.plan.spec.cohort.min_sites)
+        sums = agg_finish(self._sum(), min_sites=MIN_SITES_IN_SUM)
         self._aggregate_seconds += time.perf_counter() - started
         self._observe(
             {

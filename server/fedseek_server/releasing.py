@@ -50,7 +50,7 @@ def write_release(coordinator: Coordinator, folder: Path) -> None:
 def _statement_of(coordinator: Coordinator, approval: ReleaseApproved) -> PrivacyStatement:
     try:
         statement = msgspec.json.decode(approval.statement, type=PrivacyStatement)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # msgspec lets the last two through
         raise Malformed(f"privacy statement of site {approval.site!r}: {error}") from None
     said = (statement.run, statement.plan_digest, statement.site)
     wanted = (coordinator.run, coordinator.plan.digest, approval.site)

@@ -163,6 +163,14 @@ def test_the_headline_does_not_flatter(made_up_figures: Figures, finals: tuple[f
     assert "✗ not met" in Page(render_report(summary)).text
 
 
+def test_units_that_differ_by_kind_are_both_named(made_up_figures: Figures) -> None:
+    figures = made_up_figures()
+    figures["privacy"]["unit"] = "customer or patient"
+    text = Page(render_report(Summary.model_validate(figures))).text
+    assert "customers or patients" in text
+    assert "Privacy of one customer or patient" in text
+
+
 def test_names_are_text_and_never_markup(made_up_figures: Figures) -> None:
     figures = made_up_figures()
     figures["sites"][0]["display_name"] = '<script>"&'

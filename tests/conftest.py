@@ -1,0 +1,186 @@
+"""Shared by all tests: a base model of a few kilobytes, plans and records that fit it, and a whole cohort to play with.
+
+The model is random and tiny but real: config, safetensors and a tokenizer that knows Chinese characters, loaded by the
+same code as any other. The cohort is real sites and the real coordinator; only the network between them is a loop.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+BANK_WORDS = {"欺诈": ("汇款", "transfer now"), "正常": ("余额", "balance please")}
+HOSPITAL_WORDS = {"急诊": ("胸痛", "chest pain"), "普通": ("复查", "follow-up"), "自理": ("感冒", "a cold")}
+WORDS = {"bank": BANK_WORDS, "hospital": HOSPITAL_WORDS}
+SITES = (("北岸银行", "bank"), ("harbour-bank", "bank"), ("仁济医院", "hospital"), ("st-anna", "hospital"))
+RUN = "试运行-1"
+
+Alter = Callable[[str, int, str, bytes], bytes]  # phase, round, site, message -> message
+
+
+def write_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+    """A BERT of two layers and 16 dimensions with random weights, in the files a real one comes in."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    texts = "".join(word for kind in WORDS.values() for words in kind.values() for word in words)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*texts, *"0123456789客患号者"} - {" "})]
+    vocabulary += [f"##{token}" for token in vocabulary[5:]]
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        BertModel(config).save_pretrained(folder)
+    BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)}).save_pretrained(folder)
+    return folder
+
+
+def tiny_rows(kind: str, count: int, *, unit: str = "unit") -> list[dict[str, str]]:
+    """Rows with Chinese and English text; two rows a unit."""
+    labels = list(WORDS[kind])
+    rows = []
+    for number in range(count):
+        label = labels[number % len(labels)]
+        rows.append({"text": f"{' '.join(WORDS[kind][label])} {number}", "label": label, unit: f"客{number // 2}"})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the base model."""
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model() -> Callable[..., Path]:
+    """Write another such model: ``make_tiny_model(folder, seed=1)``."""
+    return write_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_plan_document(tiny_model: Path) -> Callable[..., dict[str, Any]]:
+    """The document of a plan; keyword arguments replace keys of its tables: ``make(training={"rounds": 3})``."""
+    from fedseek.lora.source import model_digest
+
+    def make(*, private: bool = False, **changes: Any) -> dict[str, Any]:
+        document: dict[str, Any] = {
+            "name": "tiny",
+            "model": {"source": f"path:{tiny_model}", "sha256": model_digest(tiny_model), "max_tokens": 16},
+            "kinds": {
+                "bank": {"labels": list(BANK_WORDS)},
+                "hospital": {"labels": list(HOSPITAL_WORDS), "unit": "patient"},
+            },
+            "lora": {"rank": 2, "alpha": 4.0, "target_modules": ["query", "value"]},
+            "training": {
+                "rounds": 2,
+                "steps_per_round": 2,
+                "sampling_probability": 0.5,
+                "learning_rate": 0.01,
+                "head_learning_rate": 0.05,
+            },
+            "privacy": {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3} if private else {"mechanism": "none"},
+            "cohort": {"max_sites": 4},
+        }
+        for key, value in changes.items():
+            document[key] = {**document[key], **value} if isinstance(value, dict) and key in document else value
+        return document
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(tiny_plan_document: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
+    """A checked ``Plan``; takes what ``tiny_plan_document`` takes."""
+    from fedseek.plan import check_plan, parse_spec
+
+    return lambda **changes: check_plan(parse_spec(tiny_plan_document(**changes)))
+
+
+@pytest.fixture(scope="session")
+def tiny_records() -> Callable[..., Any]:
+    """``Records`` of a kind: ``make("bank", 12)``; ``unit=None`` leaves the unit column out."""
+    from fedseek.records import Columns, to_records
+
+    def make(kind: str, count: int, *, unit: str | None = "unit") -> Any:
+        columns = Columns("text", "label", unit)
+        return to_records(tiny_rows(kind, count), columns, labels=list(WORDS[kind]), source="made up")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_records: Callable[..., Any]) -> Callable[..., Any]:
+    """``SiteData`` of a kind; ``unit=None`` leaves the unit column out."""
+    from fedseek_site.admission import SiteData
+
+    return lambda kind, **options: SiteData(tiny_records(kind, 12, **options), tiny_records(kind, 6, **options))
+
+
+@dataclass
+class Cohort:
+    """Two banks and two hospitals with the coordinator between them; ``seen`` is every message it sent or got."""
+
+    coordinator: Any
+    services: dict[int, Any]
+    folder: Path
+    events: dict[str, list[dict[str, Any]]]
+    seen: list[bytes] = field(default_factory=list)
+
+    def site(self, name: str) -> Any:
+        return next(service for service in self.services.values() if service.identity.name == name)
+
+    def play(self, *, request: Alter | None = None, reply: Alter | None = None, until: tuple[str, int] | None = None):
+        """Play the run; ``request`` and ``reply`` may alter messages on their way. Stops before phase ``until``."""
+        for exchange in self.coordinator.play(list(self.services)):
+            phase, number = exchange.phase, exchange.round
+            if (phase, number) == until:
+                return exchange
+            for node, asked in exchange.requests.items():
+                name = self.services[node].identity.name
+                sent = request(phase, number, name, asked) if request else asked
+                answer = self.services[node].handle(sent)
+                got = reply(phase, number, name, answer) if reply else answer
+                self.seen += [asked, got]
+                self.coordinator.receive(node, got)
+        return None
+
+
+@pytest.fixture
+def make_cohort(tiny_plan: Callable[..., Any], tiny_data: Callable[..., Any], tmp_path: Path) -> Callable[..., Cohort]:
+    """A fresh cohort; takes what ``tiny_plan`` takes, or ``plan=``, and ``data=`` to replace a site's data."""
+    from fedseek.identity.keys import SiteIdentity
+    from fedseek.identity.roster import Roster
+    from fedseek_server.coordinator import Coordinator
+    from fedseek_site.service import SiteService
+
+    def make(*, plan: Any = None, data: dict[str, Any] | None = None, run: str = RUN, **changes: Any) -> Cohort:
+        events: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in SITES}
+        services = {
+            100 + number: SiteService(
+                SiteIdentity.generate(name, kind),
+                (data or {}).get(name) or tiny_data(kind),
+                release_folder=tmp_path / name / "release",
+                observe=events[name].append,
+            )
+            for number, (name, kind) in enumerate(SITES)
+        }
+        roster = Roster.of(service.identity.public() for service in services.values())
+        told: list[dict[str, Any]] = []
+        coordinator = Coordinator(plan or tiny_plan(**changes), roster, run=run, observe=told.append)
+        return Cohort(coordinator, services, tmp_path, {**events, "coordinator": told})
+
+    return make

@@ -1,0 +1,166 @@
+"""What the coordinator writes when all have approved: it loads in PEFT, is what the sites hold, or is not written."""
+
+import json
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModel, AutoTokenizer
+
+from fedseek.errors import Malformed, ReleaseRefused
+from fedseek.identity.roster import parse_roster
+from fedseek.identity.signing import CONTEXT_RELEASE, verify
+from fedseek.messages import release_message
+from fedseek.plan import plan_from_canonical
+from fedseek_server.releasing import write_release
+
+TEXTS = ["胸痛 chest pain 7", "汇款 transfer now", "余额"]
+
+
+@pytest.fixture
+def finished(make_cohort):
+    cohort = make_cohort()
+    cohort.play()
+    return cohort
+
+
+def released(cohort):
+    folder = cohort.folder / "out" / "release"
+    write_release(cohort.coordinator, folder)
+    return folder
+
+
+def hidden_states(encoder, tokenizer):
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        return encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+
+
+@pytest.mark.parametrize("method", ["ffa", "both"])
+def test_the_released_adapter_loads_in_peft_and_computes_what_every_site_computes(make_cohort, tiny_model, method):
+    cohort = make_cohort(lora={"method": method})
+    cohort.play()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    base = AutoModel.from_pretrained(tiny_model).eval()
+    without = hidden_states(base, tokenizer)
+    loaded = PeftModel.from_pretrained(base, str(released(cohort))).eval()
+    with_adapter = hidden_states(loaded, tokenizer)
+    assert (with_adapter - without).abs().max() > 1e-3, "the adapter changes what the base computes"
+    for service in cohort.services.values():
+        own = hidden_states(service._run.model.encoder.eval(), tokenizer)
+        assert torch.equal(own, with_adapter)
+
+
+def test_every_site_keeps_a_release_of_its_own_with_the_same_adapter_and_its_head(finished, tiny_model):
+    ours = released(finished)
+    for service in finished.services.values():
+        kind = service.identity.kind
+        folder = finished.folder / service.identity.name / "release"
+        assert (folder / "adapter_model.safetensors").read_bytes() == (ours / "adapter_model.safetensors").read_bytes()
+        head = json.loads((folder / f"head-{kind}.json").read_text("utf-8"))
+        assert head["labels"] == list(finished.coordinator.plan.spec.kinds[kind].labels)
+        PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model), str(folder))
+    assert not list(ours.glob("head-*")), "a head stays with the sites of its kind"
+
+
+def test_a_release_holds_the_plan_the_roster_and_every_signed_statement(finished):
+    folder = released(finished)
+    coordinator = finished.coordinator
+    names = coordinator.roster.names
+    evidence = {f"privacy-{name}.{end}" for name in names for end in ("json", "sig")}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == evidence | adapter | {"README.md", "plan.json", "roster.bin"}
+    assert plan_from_canonical((folder / "plan.json").read_bytes()).digest == coordinator.plan.digest
+    roster = parse_roster((folder / "roster.bin").read_bytes())
+    for name in names:
+        document = (folder / f"privacy-{name}.json").read_bytes()
+        message = release_message(coordinator.run, coordinator.approvals[name].digests, document)
+        verify(roster.entry(name), CONTEXT_RELEASE, message, (folder / f"privacy-{name}.sig").read_bytes())
+        assert json.loads(document)["epsilon"] is None, "a run without privacy states none"
+    card = (folder / "README.md").read_text("utf-8")
+    assert "北岸银行" in card
+    assert card.count("**No privacy guarantee.**") == 4
+
+
+def test_a_private_release_states_what_each_site_spent(make_cohort):
+    cohort = make_cohort(private=True)
+    cohort.play()
+    folder = released(cohort)
+    for name in cohort.coordinator.roster.names:
+        statement = json.loads((folder / f"privacy-{name}.json").read_bytes())
+        assert 0 < statement["epsilon"] <= 8.0
+        assert statement["epsilon_second_opinion"] > statement["epsilon"]
+        assert (statement["num_steps"], statement["delta"]) == (4, 1e-3)
+        assert len(statement["guards_passed"]) >= 9
+    assert "(8.00, 0.001)-differential privacy" in (folder / "README.md").read_text("utf-8")
+
+
+def test_without_every_approval_nothing_is_written(finished):
+    del finished.coordinator.approvals["st-anna"]
+    with pytest.raises(ReleaseRefused, match="no approval from st-anna"):
+        released(finished)
+    assert not (finished.folder / "out").exists()
+
+
+def one_file_more(files):
+    return {**files, "../adapter_model.bin": b"x"}
+
+
+def one_file_less(files):
+    return {"adapter_config.json": files["adapter_config.json"]}
+
+
+@pytest.mark.parametrize("alter", [one_file_more, one_file_less])
+def test_only_the_files_of_an_adapter_are_written(finished, alter):
+    approvals = finished.coordinator.approvals
+    sender = next(name for name, approval in approvals.items() if approval.adapter)
+    approvals[sender] = msgspec.structs.replace(approvals[sender], adapter=alter(approvals[sender].adapter))
+    with pytest.raises(ReleaseRefused, match=r"wanted 1 with adapter_config\.json, adapter_model\.safetensors"):
+        released(finished)
+    assert not (finished.folder / "out").exists()
+
+
+def test_an_adapter_from_none_or_from_two_is_refused(finished):
+    approvals = finished.coordinator.approvals
+    sender = next(name for name, approval in approvals.items() if approval.adapter)
+    files = approvals[sender].adapter
+    approvals["st-anna"] = msgspec.structs.replace(approvals["st-anna"], adapter=files)
+    with pytest.raises(ReleaseRefused, match="2 sites sent an adapter"):
+        released(finished)
+    for name in approvals:
+        approvals[name] = msgspec.structs.replace(approvals[name], adapter={})
+    with pytest.raises(ReleaseRefused, match="0 sites sent an adapter"):
+        released(finished)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        {"run": "another"},
+        {"plan_digest": "0" * 64},
+        {"site": "harbour-bank"},
+        {"note": "unknown field"},
+        {"num_steps": "four"},
+    ],
+    ids=lambda alter: next(iter(alter)),
+)
+def test_a_statement_of_something_else_is_refused(finished, alter):
+    approvals = finished.coordinator.approvals
+    document = {**json.loads(approvals["st-anna"].statement), **alter}
+    altered = msgspec.structs.replace(approvals["st-anna"], statement=json.dumps(document).encode())
+    approvals["st-anna"] = altered
+    with pytest.raises(Malformed, match="privacy statement of site 'st-anna'"):
+        released(finished)
+    assert not (finished.folder / "out").exists()
+
+
+def test_the_released_tensors_are_those_the_sites_signed(finished):
+    from safetensors.numpy import load_file
+
+    tensors = load_file(released(finished) / "adapter_model.safetensors")
+    run = finished.site("st-anna")._run
+    trained = np.concatenate([tensors[name].reshape(-1) for name in sorted(tensors) if "lora_B" in name])
+    assert trained.dtype == np.float32
+    assert (trained == run.scopes["global"].weights).all()

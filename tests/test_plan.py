@@ -1,0 +1,455 @@
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedseek.errors import InvalidPlan
+from fedseek.plan import (
+    MAX_PLAN_BYTES,
+    Plan,
+    canonical_bytes,
+    check_plan,
+    load_plan,
+    parse_spec,
+    plan_digest,
+    plan_from_canonical,
+    read_toml,
+)
+
+DOCUMENT = {
+    "name": "demo",
+    "seed": 7,
+    "model": {"source": "package:some-model", "sha256": "ab" * 32, "max_tokens": 32},
+    "kinds": {
+        "bank": {"labels": ["欺诈", "正常"], "metric": "auc", "unit": "customer"},
+        "hospital": {"labels": ["急诊", "普通", "自理"], "unit": "patient"},
+    },
+    "lora": {"method": "ffa", "rank": 4, "alpha": 8.0, "target_modules": ["query", "value"], "layers": [1]},
+    "training": {
+        "rounds": 2,
+        "steps_per_round": 4,
+        "sampling_probability": 0.25,
+        "learning_rate": 0.002,
+        "head_learning_rate": 0.01,
+    },
+    "privacy": {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-5, "l2_clip_norm": 1.0},
+    "encryption": {"value_bits": 13},
+    "cohort": {"min_sites": 2, "max_sites": 8},
+}
+REMOVED = object()
+
+
+def changed(**changes: object) -> dict:
+    """The document with ``training__rounds=3`` changed, or ``privacy__delta=REMOVED`` taken out."""
+    document = copy.deepcopy(DOCUMENT)
+    for path, value in changes.items():
+        *tables, key = path.split("__")
+        table = document
+        for name in tables:
+            table = table[name]
+        if value is REMOVED:
+            del table[key]
+        else:
+            table[key] = value
+    return document
+
+
+def checked(**changes: object) -> Plan:
+    return check_plan(parse_spec(changed(**changes)))
+
+
+def problems(**changes: object) -> tuple[str, ...]:
+    with pytest.raises(InvalidPlan) as caught:
+        checked(**changes)
+    return caught.value.problems
+
+
+REFUSED = [
+    # one field changed, where the problem must be named, and words of what is wanted or was got
+    ({"colour": "red"}, "colour: ", ["not permitted", "'red'"]),
+    ({"lora__dropout": 0.1}, "lora.dropout: ", ["not permitted", "0.1"]),
+    ({"version": 2}, "version: ", ["should be 1", "got 2"]),
+    ({"name": "Demo Plan"}, "name: ", ["match pattern", "'Demo Plan'"]),
+    ({"name": "demo\n"}, "name: ", ["match pattern"]),
+    ({"seed": -1}, "seed: ", ["greater than or equal to 0", "got -1"]),
+    ({"seed": 2**63}, "seed: ", ["less than"]),
+    ({"model": REMOVED}, "model: ", ["required"]),
+    ({"cohort": REMOVED}, "cohort: ", ["required"]),
+    ({"training__rounds": REMOVED}, "training.rounds: ", ["required"]),
+    ({"training__rounds": 0}, "training.rounds: ", ["greater than or equal to 1", "got 0"]),
+    ({"training__rounds": "3"}, "training.rounds: ", ["valid integer", "'3'"]),
+    ({"training__rounds": 2.5}, "training.rounds: ", ["valid integer", "2.5"]),
+    ({"training__rounds": True}, "training.rounds: ", ["valid integer", "True"]),
+    ({"training__sampling_probability": 0.0}, "training.sampling_probability: ", ["greater than 0"]),
+    ({"training__sampling_probability": 1.01}, "training.sampling_probability: ", ["less than or equal to 1", "1.01"]),
+    ({"training__learning_rate": math.nan}, "training.learning_rate: ", ["finite"]),
+    ({"training__learning_rate": math.inf}, "training.learning_rate: ", ["finite"]),
+    ({"training__head_learning_rate": -0.1}, "training.head_learning_rate: ", ["greater than 0", "-0.1"]),
+    ({"training__server_momentum": 1.0}, "training.server_momentum: ", ["less than 1"]),
+    ({"lora__rank": 0}, "lora.rank: ", ["greater than or equal to 1", "got 0"]),
+    ({"lora__alpha": 0.0}, "lora.alpha: ", ["greater than 0"]),
+    ({"lora__method": "dora"}, "lora.method: ", ["'ffa' or 'both'", "'dora'"]),
+    ({"lora__target_modules": []}, "lora.target_modules: ", ["at least 1"]),
+    ({"lora__layers": []}, "lora.layers: ", ["at least 1"]),
+    ({"lora__layers": [1, -1]}, "lora.layers.1: ", ["greater than or equal to 0"]),
+    ({"privacy__epsilon": 0.0}, "privacy.epsilon: ", ["greater than 0", "got 0"]),
+    ({"privacy__epsilon": -1.0}, "privacy.epsilon: ", ["greater than 0", "-1"]),
+    ({"privacy__epsilon": math.inf}, "privacy.epsilon: ", ["finite"]),
+    ({"privacy__epsilon": REMOVED}, "privacy.epsilon: ", ["missing", "dp-sgd"]),
+    ({"privacy__delta": REMOVED}, "privacy.delta: ", ["missing", "dp-sgd"]),
+    ({"privacy__delta": 0.0}, "privacy.delta: ", ["greater than 0"]),
+    ({"privacy__delta": 1.0}, "privacy.delta: ", ["less than 1"]),
+    ({"privacy__l2_clip_norm": 0.0}, "privacy.l2_clip_norm: ", ["greater than 0"]),
+    ({"privacy__mechanism": "ldp"}, "privacy.mechanism: ", ["'dp-sgd' or 'none'"]),
+    ({"model__sha256": "AB" * 32}, "model.sha256: ", ["match pattern"]),
+    ({"model__source": "https://example.org/model"}, "model.source: ", ["match pattern"]),
+    ({"model__max_tokens": 3}, "model.max_tokens: ", ["greater than or equal to 4"]),
+    ({"kinds": {}}, "kinds: ", ["at least 1"]),
+    ({"kinds__bank": 3}, "kinds.bank: ", ["object", "got 3"]),
+    ({"kinds__bank__labels": ["一"]}, "kinds.bank.labels: ", ["at least 2"]),
+    ({"kinds__hospital__labels": ["急诊", "普通", "急诊"]}, "kinds.hospital.labels: ", ["unique", "急诊"]),
+    ({"kinds__bank__labels": ["a", "b", "c"]}, "kinds.bank: ", ["auc", "exactly 2", "got 3"]),
+    ({"kinds__bank__unit": "household"}, "kinds.bank.unit: ", ["'record', 'customer' or 'patient'"]),
+    ({"encryption__value_bits": 1}, "encryption.value_bits: ", ["greater than or equal to 2"]),
+    ({"encryption__value_bits": 25}, "encryption.value_bits: ", ["less than or equal to 24"]),
+    ({"cohort__min_sites": 1}, "cohort.min_sites: ", ["greater than or equal to 2"]),
+    ({"cohort__min_sites": 9}, "cohort: ", ["min_sites 9", "max_sites 8"]),
+    ({"cohort__max_sites": 1025}, "cohort.max_sites: ", ["less than or equal to 1024", "1025"]),
+]
+
+
+@pytest.mark.parametrize(("change", "where", "words"), REFUSED, ids=[f"{c}" for c, _, _ in REFUSED])
+def test_a_wrong_field_is_refused_by_name_with_what_was_got_and_wanted(change, where, words):
+    (problem,) = problems(**change)
+    assert problem.startswith(where)
+    for word in words:
+        assert word in problem
+
+
+def test_all_problems_of_the_fields_are_told_at_once():
+    found = problems(colour="red", lora__rank=0, privacy__epsilon=0.0, model__sha256="x", cohort=REMOVED)
+    assert sorted(problem.split(":")[0] for problem in found) == [
+        "cohort",
+        "colour",
+        "lora.rank",
+        "model.sha256",
+        "privacy.epsilon",
+    ]
+
+
+def test_all_problems_between_fields_are_told_at_once():
+    found = problems(
+        kinds__bank__labels=["a", "b", "c"], cohort__min_sites=9, privacy__delta=REMOVED, privacy__epsilon=REMOVED
+    )
+    assert sorted(problem.split(":")[0] for problem in found) == [
+        "cohort",
+        "kinds.bank",
+        "privacy.delta",
+        "privacy.epsilon",
+    ]
+
+
+@pytest.mark.parametrize("field", ["epsilon", "delta"])
+def test_a_plan_without_mechanism_may_not_name_an_epsilon(field):
+    privacy = {"mechanism": "none", field: 1e-5}
+    (problem,) = problems(privacy=privacy)
+    assert problem.startswith(f"privacy.{field}: ")
+    assert "earns no guarantee" in problem
+
+
+def test_a_plan_without_mechanism_has_no_privacy_and_no_spend():
+    plan = checked(privacy={"mechanism": "none"})
+    assert plan.privacy is None
+    assert plan.spend_after(2) is None
+
+
+@pytest.mark.parametrize(("value_bits", "max_sites"), [(2, 2), (13, 8), (24, 1024), (16, 1024), (2, 1024)])
+def test_the_packing_holds_the_sum_of_all_planned_sites(value_bits, max_sites):
+    packing = checked(encryption__value_bits=value_bits, cohort__max_sites=max_sites).packing
+    assert packing.max_sites == max_sites
+    largest = 2**value_bits - 1
+    assert largest * max_sites < 2**packing.digit_bits
+    assert packing.digit_bits * packing.digits_per_slot <= packing.params.plain_modulus.bit_length()
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {"epsilon": 1e-9, "delta": 1e-12},  # no noise is enough
+        {"epsilon": 8.0, "delta": 1e-300},  # below what the accountant's arithmetic can tell from 0
+    ],
+)
+def test_an_epsilon_that_no_noise_reaches_is_a_problem_of_the_plan(privacy):
+    (problem,) = problems(privacy={"mechanism": "dp-sgd", **privacy})
+    assert problem.startswith("privacy: target_epsilon is ")
+    assert "within reach" in problem
+
+
+# --- canonical form and digest
+
+
+@given(st.randoms(use_true_random=False))
+def test_key_order_does_not_change_the_digest(random):
+    def shuffled(value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        keys = list(value)
+        random.shuffle(keys)
+        return {key: shuffled(value[key]) for key in keys}
+
+    assert canonical_bytes(parse_spec(shuffled(DOCUMENT))) == canonical_bytes(parse_spec(DOCUMENT))
+
+
+PLAN_TOML = """
+name = "demo"
+[model]
+source = "package:some-model"
+sha256 = "{sha}"
+[kinds.bank]
+labels = ["欺诈", "正常"]
+[lora]
+target_modules = ["query"]
+[training]
+rounds = 2
+steps_per_round = 4
+sampling_probability = 0.25
+learning_rate = 2e-3
+head_learning_rate = 0.01
+[privacy]
+mechanism = "none"
+[cohort]
+max_sites = 8
+"""
+
+
+def test_formatting_of_the_toml_does_not_change_the_digest(tmp_path: Path):
+    plain = PLAN_TOML.format(sha="ab" * 32)
+    reworded = plain.replace("2e-3", "0.002_0").replace('["query"]', '[\n  "query",  # 注释\n]\nalpha = 32')
+    one, two = tmp_path / "one.toml", tmp_path / "two.toml"
+    one.write_text(plain, "utf-8")
+    two.write_text(reworded.replace(" = ", "=").replace("\n", "\r\n"), "utf-8")
+    assert one.read_bytes() != two.read_bytes()
+    assert load_plan(one).digest == load_plan(two).digest
+
+
+CHANGES = [
+    {"name": "demo-2"},
+    {"seed": 8},
+    {"model__source": "package:other-model"},
+    {"model__sha256": "ac" * 32},
+    {"model__max_tokens": 33},
+    {"kinds__bank__labels": ["正常", "欺诈"]},
+    {"kinds__hospital__metric": "accuracy", "kinds__hospital__unit": "record"},
+    {"lora__method": "both"},
+    {"lora__rank": 5},
+    {"lora__alpha": 8.5},
+    {"lora__target_modules": ["value", "query"]},
+    {"lora__layers": [0]},
+    {"lora__layers": REMOVED},
+    {"training__rounds": 3},
+    {"training__steps_per_round": 5},
+    {"training__sampling_probability": 0.26},
+    {"training__learning_rate": 0.0021},
+    {"training__head_learning_rate": 0.011},
+    {"training__physical_batch_size": 63},
+    {"training__server_learning_rate": 0.9},
+    {"training__server_momentum": 0.1},
+    {"privacy__epsilon": 7.9},
+    {"privacy__delta": 1.1e-5},
+    {"privacy__l2_clip_norm": 1.1},
+    {"privacy": {"mechanism": "none"}},
+    {"encryption__value_bits": 12},
+    {"cohort__min_sites": 3},
+    {"cohort__max_sites": 9},
+    {"cohort__weighting": "records"},
+    {"cohort__record_cap": 2},
+]
+
+
+def test_any_value_changes_the_digest_and_no_two_changes_give_the_same():
+    specs = [parse_spec(DOCUMENT), *(parse_spec(changed(**change)) for change in CHANGES)]
+    digests = {plan_digest(canonical_bytes(spec)) for spec in specs}
+    assert len(digests) == 1 + len(CHANGES)
+
+
+def test_a_default_written_out_is_the_same_plan():
+    assert checked(training__physical_batch_size=64).digest == checked().digest
+
+
+def test_the_digest_is_bound_to_its_purpose():
+    import hashlib
+
+    data = checked().canonical()
+    assert checked().digest == hashlib.sha256(b"fedseek/plan/v1\0" + data).hexdigest()
+    assert checked().digest != hashlib.sha256(data).hexdigest()
+
+
+# --- a plan from the coordinator
+
+
+def test_a_canonical_plan_comes_back_the_same_chinese_labels_included():
+    plan = checked()
+    assert "欺诈".encode() in plan.canonical()
+    again = plan_from_canonical(plan.canonical())
+    assert again == plan
+    assert again.spec.kinds["bank"].labels == ("欺诈", "正常")
+
+
+def refused_bytes(data: bytes) -> InvalidPlan:
+    with pytest.raises(InvalidPlan) as caught:
+        plan_from_canonical(data)
+    assert "received plan" in caught.value.message
+    return caught.value
+
+
+def test_what_is_not_canonical_is_refused():
+    data = checked().canonical()
+    document = json.loads(data)
+    for other in (
+        data + b"\n",
+        b" " + data,
+        json.dumps(document, sort_keys=True, separators=(",", ":")).encode(),  # escapes instead of UTF-8
+        json.dumps(document, separators=(", ", ": "), sort_keys=True, ensure_ascii=False).encode(),
+        json.dumps(dict(reversed(document.items())), separators=(",", ":"), ensure_ascii=False).encode(),
+        data.replace(b'"alpha":8.0', b'"alpha":8'),
+        data.replace(b'"seed":7', b'"seed":9,"seed":7'),
+    ):
+        assert other != data
+        assert "canonical" in refused_bytes(other).message
+
+
+def test_a_plan_that_leaves_its_defaults_out_is_not_canonical():
+    bare = json.dumps(DOCUMENT, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    assert "canonical" in refused_bytes(bare).message
+
+
+def test_an_oversized_plan_is_refused_before_it_is_parsed():
+    error = refused_bytes(b"{" * (MAX_PLAN_BYTES + 1))
+    assert str(MAX_PLAN_BYTES) in error.message
+    assert str(MAX_PLAN_BYTES + 1) in error.message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"null", b"[]", b'{"name":"\xd5\xcb"}', b'{"name":"\\ud800"}', b"{", b'{"a":' * 20_000, b"\xff\xfe{\0}\0"],
+    ids=["empty", "null", "list", "gb18030", "surrogate", "cut", "deep", "utf-16"],
+)
+def test_what_is_no_json_plan_is_refused(data):
+    refused_bytes(data)
+
+
+def test_a_canonical_plan_whose_parts_do_not_fit_is_refused():
+    spec = parse_spec(changed(cohort__min_sites=9))
+    assert "min_sites 9" in refused_bytes(canonical_bytes(spec)).message
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes_raise_nothing_but_invalid_plan(data):
+    refused_bytes(data)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_a_plan_with_some_bytes_changed_is_refused_or_is_another_plan(data):
+    good = checked(privacy={"mechanism": "none"}).canonical()
+    position = data.draw(st.integers(0, len(good) - 1))
+    other = good[:position] + data.draw(st.binary(max_size=3)) + good[position + 1 :]
+    try:
+        plan = plan_from_canonical(other)
+    except InvalidPlan:
+        return
+    assert plan.canonical() == other
+
+
+# --- what follows from a plan
+
+
+def test_the_calibrated_noise_keeps_the_promised_epsilon_by_the_accountants_own_count():
+    import dp_accounting
+    from dp_accounting import pld
+
+    plan = checked()
+    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    event = dp_accounting.PoissonSampledDpEvent(0.25, dp_accounting.GaussianDpEvent(plan.privacy.noise_multiplier))
+    accountant.compose(event, plan.total_steps)
+    assert plan.total_steps == 8
+    assert 7.5 < accountant.get_epsilon(1e-5) <= 8.0 + 1e-6
+    assert plan.spend_after(2).epsilon() <= 8.0
+    assert plan.spend_after(1).epsilon() < plan.spend_after(2).epsilon()
+
+
+def test_more_rounds_and_a_smaller_epsilon_need_more_noise():
+    noise = checked().privacy.noise_multiplier
+    assert checked(training__rounds=4).privacy.noise_multiplier > noise
+    assert checked(training__steps_per_round=8).privacy.noise_multiplier > noise
+    assert checked(privacy__epsilon=4.0).privacy.noise_multiplier > noise
+
+
+def test_privacy_takes_its_numbers_from_the_plan():
+    privacy = checked(privacy__l2_clip_norm=0.5).privacy
+    assert (privacy.sampling_probability, privacy.delta, privacy.l2_clip_norm) == (0.25, 1e-5, 0.5)
+
+
+def test_the_first_range_covers_what_adam_can_move_in_a_round():
+    plan = checked()
+    assert plan.scopes("bank") == ("global", "kind/bank")
+    assert plan.initial_range("global") == pytest.approx(4 * 0.002)
+    assert plan.initial_range("kind/bank") == pytest.approx(4 * 0.01)
+
+
+def test_seeds_differ_by_purpose_name_and_seed_and_are_known():
+    plan = checked()
+    seeds = [
+        plan.seed_for("lora"),
+        plan.seed_for("head/bank"),
+        plan.seed_for("head/hospital"),
+        checked(seed=8).seed_for("lora"),
+        checked(name="other").seed_for("lora"),
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**64 for seed in seeds)
+    assert plan.seed_for("lora") == checked(training__rounds=3).seed_for("lora") == 18268535789859720830
+
+
+def test_the_weight_of_a_site_is_capped_only_when_records_count():
+    assert checked(cohort__record_cap=500).weight_cap == 1
+    assert checked(cohort__record_cap=500, cohort__weighting="records").weight_cap == 500
+
+
+# --- files
+
+
+def test_a_plan_file_and_the_plan_table_of_a_scenario_are_the_same(tmp_path: Path):
+    text = PLAN_TOML.format(sha="ab" * 32)
+    alone, inside = tmp_path / "计划.toml", tmp_path / "scenario.toml"
+    alone.write_text(text, "utf-8")
+    inside.write_text("[simulation]\nworkers = 1\n[plan]\n" + text.replace("\n[", "\n[plan."), "utf-8")
+    assert load_plan(alone) == load_plan(inside)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        ("name = 'x", "not TOML"),
+        ("name = '账户'".encode("gb18030"), "not UTF-8 at byte 8"),
+        ("plan = 3", "the document"),
+        ("a = 1979-05-27", "a: extra inputs"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path: Path, content, words):
+    path = tmp_path / "坏.toml"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(InvalidPlan, match=words) as caught:
+        load_plan(path)
+    assert "坏.toml" in caught.value.message
+
+
+def test_a_folder_is_no_plan(tmp_path: Path):
+    with pytest.raises(InvalidPlan, match="folder"):
+        read_toml(tmp_path)
