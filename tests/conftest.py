@@ -6,6 +6,8 @@ same code as any other. The cohort is real sites and the real coordinator; only 
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -128,6 +130,64 @@ def tiny_data(tiny_records: Callable[..., Any]) -> Callable[..., Any]:
     from fedseek_site.admission import SiteData
 
     return lambda kind, **options: SiteData(tiny_records(kind, 12, **options), tiny_records(kind, 6, **options))
+
+
+def to_toml(document: dict[str, Any], prefix: str = "") -> str:
+    """TOML of plain values, tables and lists of tables: JSON writes plain values as TOML does."""
+    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
+    arrays = {key: value for key, value in document.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+    plain = {key: value for key, value in document.items() if key not in tables and key not in arrays}
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in plain.items()]
+    lines += [f"[{prefix}{key}]\n{to_toml(value, f'{prefix}{key}.')}" for key, value in tables.items()]
+    lines += [f"[[{prefix}{key}]]\n{to_toml(value)}" for key, values in arrays.items() for value in values]
+    return "".join(lines)
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """As JSONL, CSV or Parquet, by the extension."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        if path.suffix == ".jsonl":
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@pytest.fixture
+def write_tiny_scenario(tiny_plan_document: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
+    """Write a scenario file and its data in three formats; takes what ``tiny_plan_document`` takes.
+
+    ``rows`` replaces the training rows of a site, by name; ``simulation`` replaces keys of that table.
+    """
+
+    def write(
+        *, rows: dict[str, list[dict[str, str]]] | None = None, simulation: dict[str, Any] | None = None, **changes: Any
+    ) -> Path:
+        folder = tmp_path / "数据"
+        folder.mkdir(exist_ok=True)
+        sites = []
+        for (name, kind), extension in zip(SITES, ("jsonl", "csv", "parquet", "jsonl"), strict=True):
+            train, held_back = folder / f"{name}.{extension}", folder / f"{name}-held-back.{extension}"
+            write_rows(train, (rows or {}).get(name) or tiny_rows(kind, 24))
+            write_rows(held_back, tiny_rows(kind, 12))
+            sites.append({"name": name, "kind": kind, "train": str(train), "held_back": str(held_back), "unit": "unit"})
+        document = {
+            "simulation": {"workers": 2, "baselines": [], **(simulation or {})},
+            "plan": tiny_plan_document(**changes),
+            "sites": sites,
+        }
+        scenario = tmp_path / "两家银行.toml"
+        scenario.write_text(to_toml(document), "utf-8")
+        return scenario
+
+    return write
 
 
 @dataclass

@@ -192,6 +192,7 @@ def test_an_epsilon_that_no_noise_reaches_is_a_problem_of_the_plan(privacy):
 # --- canonical form and digest
 
 
+@settings(deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_key_order_does_not_change_the_digest(random):
     def shuffled(value: object) -> object:
@@ -347,13 +348,14 @@ def test_a_canonical_plan_whose_parts_do_not_fit_is_refused():
     assert "min_sites 9" in refused_bytes(canonical_bytes(spec)).message
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_raise_nothing_but_invalid_plan(data):
     refused_bytes(data)
 
 
 @given(st.data())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_a_plan_with_some_bytes_changed_is_refused_or_is_another_plan(data):
     good = checked(privacy={"mechanism": "none"}).canonical()
     position = data.draw(st.integers(0, len(good) - 1))

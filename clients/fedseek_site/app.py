@@ -44,6 +44,9 @@ def from_record(content: RecordDict) -> bytes:
         Malformed: anything else.
     """
     record = content.get(RECORD)
-    if not isinstance(record, ArrayRecord) or list(record) != [FIELD]:
+    if not isinstance(record, ArrayRecord) or list(record) != [FIELD] or len(content) != 1:
         raise Malformed(f"Flower message: got records {sorted(content)}, wanted one array record {RECORD!r}")
-    return record[FIELD].data
+    array = record[FIELD]
+    if array.dtype != "uint8" or array.stype != "raw" or array.shape != (len(array.data),):
+        raise Malformed(f"Flower message: got {array.dtype} {array.stype} of shape {array.shape}, wanted raw uint8 bytes")
+    return array.data

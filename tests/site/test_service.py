@@ -293,12 +293,13 @@ def test_a_fresh_ciphertext_is_no_sum(before):
     assert code(service, altered_sum(request, lambda total: ScopedSum(total.scope, 1, passed_on))) == "Malformed"
 
 
-def test_a_sum_of_one_site_is_refused_though_it_is_announced_as_such(before):
+@pytest.mark.parametrize("sites", [1, 3])
+def test_a_sum_that_lacks_sites_is_refused_though_it_is_announced_as_such(before, sites):
     cohort, service, request = before("round", 2)
     run = service._run
-    alone = summed_by_the_coordinator(cohort, run.key, 1, "global", run.scopes["global"])
-    assert alone.contributors == 1
-    assert code(service, altered_sum(request, lambda total: alone)) == "CohortTooSmall"
+    fewer = summed_by_the_coordinator(cohort, run.key, sites, "global", run.scopes["global"])
+    assert fewer.contributors == sites
+    assert code(service, altered_sum(request, lambda total: fewer)) == "CohortTooSmall"
     assert run.rounds_applied == 0
 
 

@@ -1,0 +1,77 @@
+"""Site hosts: each site lives in exactly one, reads its own data there, and answers there."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fedseek.errors import InvalidRecords
+from fedseek.identity.roster import Roster
+from fedseek.messages import PlanAdmitted, PlanOffer, decode_reply, encode_message
+from simulations.events import read_events, site_log
+from simulations.hosts import SiteHost, host_name
+from simulations.run_folder import create_run_folder, open_scenario
+from simulations.scenario import load_scenario
+
+NAMES = ["北岸银行", "harbour-bank", "仁济医院", "st-anna"]
+
+
+@pytest.fixture
+def run_folder(write_tiny_scenario, tmp_path):
+    def make(**options):
+        path = write_tiny_scenario(**options)
+        return create_run_folder(path, load_scenario(path), tmp_path / "runs", rounds=None)
+
+    return make
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_every_site_is_in_exactly_one_host(run_folder, stride):
+    folder = run_folder()
+    hosts = [SiteHost(str(folder), first=first, stride=stride) for first in range(stride)]
+    enrolled = [entry.name for host in hosts for entry in host.enrol()]
+    assert sorted(enrolled) == sorted(NAMES)
+
+
+def test_a_host_answers_for_the_site_of_an_index_as_the_courier_counts(run_folder):
+    folder = run_folder()
+    hosts = [SiteHost(str(folder), first=first, stride=2) for first in range(2)]
+    plan = open_scenario(folder).plan
+    roster = Roster.of(entry for host in hosts for entry in host.enrol())
+    offer = encode_message(PlanOffer(run="r", plan=plan.canonical(), roster=roster.canonical_bytes()))
+    for index, name in enumerate(NAMES):
+        reply = decode_reply(hosts[index % 2].handle(index, offer))
+        assert isinstance(reply, PlanAdmitted)
+        assert reply.site == name
+    with pytest.raises(KeyError):
+        hosts[0].handle(1, offer)
+
+
+def test_a_host_reports_what_its_sites_read_into_each_sites_own_file(run_folder):
+    folder = run_folder()
+    SiteHost(str(folder), first=0, stride=1)
+    for name in NAMES:
+        (event,) = read_events(site_log(folder, name))
+        del event["t"]
+        assert event == {"event": "data", "records": 24, "held_back_records": 12, "units": 12}
+
+
+def test_a_host_whose_site_has_an_unusable_file_does_not_start(run_folder):
+    folder = run_folder(rows={"harbour-bank": [{"text": "汇款", "label": "未知", "unit": "客1"}]})
+    SiteHost(str(folder), first=0, stride=2)
+    with pytest.raises(InvalidRecords, match=r"harbour-bank\.csv: 1 label\(s\) not in the plan: '未知'"):
+        SiteHost(str(folder), first=1, stride=2)
+
+
+def test_memory_is_told_in_megabytes(run_folder):
+    assert 50 < SiteHost(str(run_folder()), first=0, stride=4).peak_rss_mb() < 20_000
+
+
+def test_hosts_have_names_of_their_own():
+    assert len({host_name(index) for index in range(300)}) == 300
+
+
+def test_the_engines_process_does_not_get_a_secret_key_type_with_this_module():
+    script = "import sys, simulations.hosts; print([m for m in sys.modules if m in ('fedseek.he.keys', 'torch')])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
