@@ -11,8 +11,7 @@
     │   └── AdapterDiverged   sites ended a round with different adapters
     ├── PrivacyError                          5
     │   ├── UnsupportedMechanism
-    │   ├── GuardTripped      a run-time check of the privacy guarantee failed: no epsilon is stated
-    │   └── BudgetExhausted
+    │   └── GuardTripped      a run-time check of the privacy guarantee failed: no epsilon is stated
     ├── CustodyError                          6
     │   └── WrongKey
     ├── MessageError                          6
@@ -20,17 +19,17 @@
     │   ├── WrongRound
     │   └── TooLarge
     ├── CohortTooSmall                        6
+    ├── SiteRefused                           1, or that of the family its code names
     └── ReleaseRefused                        7
 
 Families end in ``Error``; leaves are plain participles, as in httpx (so ruff's N818 is off). A message says what
 was read, what was got, what was wanted; ``hint`` says what to do next. What leaves a site on failure is the ``code``
-alone (design section 4): the text may name files, labels or values and stays in the local log.
+alone (docs/protocol.md): the text may name files, labels or values and stays in the local log.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 
 class FedseekError(Exception):
@@ -41,7 +40,7 @@ class FedseekError(Exception):
         hint: what to do next; may be empty.
     """
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -124,10 +123,6 @@ class GuardTripped(PrivacyError):
         super().__init__(f"privacy guard {guard!r} tripped: {message}", hint=hint)
 
 
-class BudgetExhausted(PrivacyError):
-    """The next step would spend more than the budget allows."""
-
-
 class CustodyError(FedseekError):
     """Something is wrong with who holds which key."""
 
@@ -162,7 +157,28 @@ class CohortTooSmall(FedseekError):
     exit_code = 6
 
 
+class SiteRefused(FedseekError):
+    """A site answered a request with a refusal. ``refused_code`` is the class of the site's own error."""
+
+    def __init__(self, site: str, refused_code: str, rule: str) -> None:
+        self.site = site
+        self.refused_code = refused_code
+        self.exit_code = exit_code_of(refused_code)
+        super().__init__(f"site {site!r} refused: {rule} ({refused_code})", hint="the site's own log says more")
+
+
 class ReleaseRefused(FedseekError):
     """The release gate is closed."""
 
     exit_code = 7
+
+
+def exit_code_of(code: str) -> int:
+    """Exit code of the error class of this name; 1 for a name that is none of ours.
+
+    >>> exit_code_of("GuardTripped"), exit_code_of("InternalError")
+    (5, 1)
+    """
+    families = FedseekError.__subclasses__()
+    known = {cls.__name__: cls.exit_code for family in families for cls in (family, *family.__subclasses__())}
+    return known.get(code, 1)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -63,9 +64,11 @@ def play_engine(folder: Path, scenario: Scenario, console: Console, *, verbose: 
         FedseekError: the run failed, with the engine's own error.
         KeyboardInterrupt: after the group has been ended.
     """
-    with (folder / "engine.log").open("wb") as log:
+    # The scratch folder is ours and not the engine's: an engine that is killed removes nothing.
+    scratch_folder = tempfile.TemporaryDirectory(prefix="fs-", ignore_cleanup_errors=True)
+    with (folder / "engine.log").open("wb") as log, scratch_folder as scratch:
         process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-            [sys.executable, "-m", "simulations.engine", str(folder)],
+            [sys.executable, "-m", "simulations.engine", str(folder), scratch],
             stdin=subprocess.DEVNULL,
             stdout=None if verbose else log,
             stderr=None if verbose else log,

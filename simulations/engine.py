@@ -1,6 +1,7 @@
 """The process that plays a run: Flower's simulation engine with the coordinator in it, site hosts beside it.
 
-Started by ``fedseek simulate`` as ``python -m simulations.engine RUN_FOLDER``, in a process group of its own, so that
+Started by ``fedseek simulate`` as ``python -m simulations.engine RUN_FOLDER SCRATCH``, in a process group of its own, so
+that
 whatever happens the caller can end all of it. It exits with the code of the error's family and leaves the text in
 ``failure.json``.
 """
@@ -12,7 +13,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -101,15 +101,14 @@ def start_ray(scratch: Path, workers: int) -> None:
 
 def main() -> None:
     """Play one run; the process's only broad ``except`` turns any failure into ``failure.json`` and an exit code."""
-    run_folder = Path(sys.argv[1])
+    run_folder, scratch = Path(sys.argv[1]), Path(sys.argv[2])
     os.environ.update(QUIET)
+    os.environ["FLWR_HOME"] = str(scratch)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    with tempfile.TemporaryDirectory(prefix="fs-") as scratch:
-        os.environ["FLWR_HOME"] = scratch
-        try:
-            play(run_folder, Path(scratch))
-        except Exception as error:  # noqa: BLE001  outer edge of the process
-            sys.exit(report_failure(error, run_folder))
+    try:
+        play(run_folder, scratch)
+    except Exception as error:  # noqa: BLE001  outer edge of the process
+        sys.exit(report_failure(error, run_folder))
 
 
 def report_failure(error: Exception, run_folder: Path) -> int:

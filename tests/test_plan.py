@@ -1,9 +1,12 @@
 import copy
+import hashlib
 import json
 import math
 from pathlib import Path
 
+import dp_accounting
 import pytest
+from dp_accounting import pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -282,8 +285,6 @@ def test_a_default_written_out_is_the_same_plan():
 
 
 def test_the_digest_is_bound_to_its_purpose():
-    import hashlib
-
     data = checked().canonical()
     assert checked().digest == hashlib.sha256(b"fedseek/plan/v1\0" + data).hexdigest()
     assert checked().digest != hashlib.sha256(data).hexdigest()
@@ -371,9 +372,6 @@ def test_a_plan_with_some_bytes_changed_is_refused_or_is_another_plan(data):
 
 
 def test_the_calibrated_noise_keeps_the_promised_epsilon_by_the_accountants_own_count():
-    import dp_accounting
-    from dp_accounting import pld
-
     plan = checked()
     accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     event = dp_accounting.PoissonSampledDpEvent(0.25, dp_accounting.GaussianDpEvent(plan.privacy.noise_multiplier))

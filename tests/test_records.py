@@ -56,7 +56,7 @@ def test_every_format_gives_the_same_rows_with_chinese_text_and_file_names(tmp_p
         assert [dict(row) for row in read_rows(path)] == ROWS, path
 
 
-AWKWARD = "两行\n第二行, \"引号\" and \u2028 \u2029 \x85 \x0b \x0c \x1c then more"
+AWKWARD = '两行\n第二行, "引号" and \u2028 \u2029 \x85 \x0b \x0c \x1c then more'
 
 
 def test_line_breaks_quotes_and_unicode_separators_inside_a_text_survive_every_format(tmp_path):

@@ -3,6 +3,7 @@ import json
 
 import msgspec
 import pytest
+import yaml
 
 from fedseek.dp.accounting import PrivacySpend
 from fedseek.dp.guards import TRAINING_GUARDS
@@ -198,8 +199,6 @@ def test_one_site_without_a_guarantee_takes_the_tag_from_the_whole_card(private)
 
 
 def test_the_metadata_block_is_yaml(private):
-    import yaml
-
     block = yaml.safe_load(card(private).split("---")[1])
     assert block["tags"] == ["lora", "federated-learning", "differential-privacy"]
     assert block["base_model"] == "package:some-model"

