@@ -120,3 +120,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("fedseek: interrupted", err=True)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

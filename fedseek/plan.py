@@ -26,6 +26,7 @@ from fedseek.errors import FedseekError, InvalidPlan
 from fedseek.he.packing import Packing, choose_packing
 
 PLAN_VERSION = 1
+MAX_STEPS = 100_000  # of a run; a plan from outside must not keep a site's accountant busy for hours
 MAX_PLAN_BYTES = 256 * 1024  # bytes of canonical JSON a site is willing to parse
 GLOBAL_SCOPE = "global"
 
@@ -85,7 +86,7 @@ class TrainingSpec(_Section):
 
     rounds: Annotated[int, Field(ge=1, le=10_000)]
     steps_per_round: Annotated[int, Field(ge=1, le=100_000)]
-    sampling_probability: Annotated[float, Field(gt=0, le=1)]
+    sampling_probability: Annotated[float, Field(ge=0.001, le=1)]
     """Chance that a privacy unit is in a step's batch (Poisson). One epoch is 1 / sampling_probability steps."""
     learning_rate: Annotated[float, Field(gt=0)]
     head_learning_rate: Annotated[float, Field(gt=0)]
@@ -99,8 +100,8 @@ class PrivacySpec(_Section):
     """The guarantee. ``mechanism = "none"`` states no epsilon anywhere."""
 
     mechanism: Literal["dp-sgd", "none"]
-    epsilon: Annotated[float, Field(gt=0)] | None = None
-    """At the end of the run, for every site."""
+    epsilon: Annotated[float, Field(gt=0, le=50)] | None = None
+    """At the end of the run, for every site. Above 50 the figure promises nothing."""
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Must be below 1 / number of units of each site; each site checks that against its own data."""
     l2_clip_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -267,6 +268,9 @@ def _inconsistencies(spec: PlanSpec) -> list[str]:
     for kind, task in spec.kinds.items():
         if task.metric == "auc" and len(task.labels) != 2:
             problems.append(f"kinds.{kind}: metric auc wants exactly 2 labels, got {len(task.labels)}")
+    steps = spec.training.rounds * spec.training.steps_per_round
+    if steps > MAX_STEPS:
+        problems.append(f"training: rounds x steps_per_round is {steps}, wanted at most {MAX_STEPS}")
     if spec.cohort.min_sites > spec.cohort.max_sites:
         problems.append(f"cohort: min_sites {spec.cohort.min_sites} is above max_sites {spec.cohort.max_sites}")
     private = spec.privacy.mechanism != "none"

@@ -28,13 +28,19 @@ NOT_COVERED: Final = (
 
 
 class PrivacyStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What one site says about its part of a run. ``epsilon`` is None when none was earned."""
+    """What one site says about its part of a run. ``epsilon`` is None when none was earned.
+
+    ``adapter_sha256`` is of the file ``adapter_model.safetensors`` and ``tensors`` holds the hex digest of each scope's
+    values, so that the signed statement says which release it speaks of.
+    """
 
     version: int = STATEMENT_VERSION
     run: str
     plan_digest: str
     site: str
     kind: str
+    adapter_sha256: str
+    tensors: dict[str, str]
     mechanism: str
     unit: str
     neighboring_relation: str
@@ -52,7 +58,16 @@ class PrivacyStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 def privacy_statement(
-    plan: Plan, *, run: str, site: str, kind: str, spend: PrivacySpend | None, guards_passed: Sequence[str], steps: int
+    plan: Plan,
+    *,
+    run: str,
+    site: str,
+    kind: str,
+    spend: PrivacySpend | None,
+    guards_passed: Sequence[str],
+    steps: int,
+    adapter_sha256: str,
+    digests: Mapping[str, bytes],
 ) -> PrivacyStatement:
     """State what ``steps`` steps of training cost one site.
 
@@ -73,6 +88,8 @@ def privacy_statement(
         plan_digest=plan.digest,
         site=site,
         kind=kind,
+        adapter_sha256=adapter_sha256,
+        tensors={scope: digest.hex() for scope, digest in sorted(digests.items())},
         mechanism=plan.spec.privacy.mechanism,
         unit=plan.spec.kinds[kind].unit,
         neighboring_relation="add or remove one unit",

@@ -114,5 +114,5 @@ def show_outcome(console: Console, folder: Path, summary: Summary) -> None:
         console.print(
             f"  {'[green]yes[/green]' if verdict.met else '[red]no[/red] '} {verdict.claim}: {verdict.figure:.3g}"
         )
-    console.print(f"adapter  {folder / 'release'}")
-    console.print(f"report   [bold]{folder / 'report.html'}[/bold]")
+    console.print(f"adapter  {folder / 'release'}", soft_wrap=True)
+    console.print(f"report   [bold]{folder / 'report.html'}[/bold]", soft_wrap=True)

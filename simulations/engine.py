@@ -1,9 +1,8 @@
 """The process that plays a run: Flower's simulation engine with the coordinator in it, site hosts beside it.
 
 Started by ``fedseek simulate`` as ``python -m simulations.engine RUN_FOLDER SCRATCH``, in a process group of its own, so
-that
-whatever happens the caller can end all of it. It exits with the code of the error's family and leaves the text in
-``failure.json``.
+that whatever happens the caller can end all of it and remove what it left in SCRATCH. It exits with the code of the
+error's family and leaves the text in ``failure.json``.
 """
 
 from __future__ import annotations

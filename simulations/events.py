@@ -7,6 +7,7 @@ all of them.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
+PROC_STATUS = Path("/proc/self/status")
 STEP_INTERVAL = 0.25  # seconds between two progress lines of a site
 
 
@@ -75,5 +77,9 @@ class EventTail:
 
 def peak_rss_mb() -> float:
     """Largest resident set of this process so far, in MB (10^6 bytes)."""
+    if PROC_STATUS.exists():  # on Linux ru_maxrss starts at what the parent held when it started this process
+        found = re.search(r"^VmHWM:\s+(\d+) kB", PROC_STATUS.read_text("utf-8"), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -153,6 +153,8 @@ def _inconsistencies(spec: ScenarioSpec, plan: Plan) -> list[str]:
         for part in (site.part, site.held_back_part):
             if part is not None and part.index >= part.of:
                 problems.append(f"sites.{site.name}: part {part.index} of {part.of} does not exist, parts count from 0")
+        if site.train == site.held_back:
+            problems.append(f"sites.{site.name}: train and held_back are the same file; rows would be in both")
         problems += [f"sites.{site.name}: {problem}" for problem in _path_problems(site, spec.synthetic is not None)]
     return problems
 

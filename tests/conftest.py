@@ -135,7 +135,11 @@ def tiny_data(tiny_records: Callable[..., Any]) -> Callable[..., Any]:
 def to_toml(document: dict[str, Any], prefix: str = "") -> str:
     """TOML of plain values, tables and lists of tables: JSON writes plain values as TOML does."""
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-    arrays = {key: value for key, value in document.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+    arrays = {
+        key: value
+        for key, value in document.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
     plain = {key: value for key, value in document.items() if key not in tables and key not in arrays}
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in plain.items()]
     lines += [f"[{prefix}{key}]\n{to_toml(value, f'{prefix}{key}.')}" for key, value in tables.items()]

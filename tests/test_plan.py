@@ -87,7 +87,8 @@ REFUSED = [
     ({"training__rounds": "3"}, "training.rounds: ", ["valid integer", "'3'"]),
     ({"training__rounds": 2.5}, "training.rounds: ", ["valid integer", "2.5"]),
     ({"training__rounds": True}, "training.rounds: ", ["valid integer", "True"]),
-    ({"training__sampling_probability": 0.0}, "training.sampling_probability: ", ["greater than 0"]),
+    ({"training__sampling_probability": 0.0}, "training.sampling_probability: ", ["greater than or equal to 0.001"]),
+    ({"privacy__epsilon": 1000.0}, "privacy.epsilon: ", ["50", "got 1000"]),
     ({"training__sampling_probability": 1.01}, "training.sampling_probability: ", ["less than or equal to 1", "1.01"]),
     ({"training__learning_rate": math.nan}, "training.learning_rate: ", ["finite"]),
     ({"training__learning_rate": math.inf}, "training.learning_rate: ", ["finite"]),
@@ -453,3 +454,9 @@ def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path: Path, content, word
 def test_a_folder_is_no_plan(tmp_path: Path):
     with pytest.raises(InvalidPlan, match="folder"):
         read_toml(tmp_path)
+
+
+def test_a_plan_that_would_keep_the_accountant_busy_for_hours_is_refused(tiny_plan_document):
+    document = tiny_plan_document(training={"rounds": 10_000, "steps_per_round": 100_000})
+    with pytest.raises(InvalidPlan, match="rounds x steps_per_round is 1000000000, wanted at most 100000"):
+        check_plan(parse_spec(document))

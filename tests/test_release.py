@@ -33,7 +33,8 @@ def public(tiny_plan):
 def state(plan, **changes) -> PrivacyStatement:
     """The statement of the site after the whole run, if nothing went wrong; ``changes`` is what did."""
     earned = {"spend": plan.spend_after(2), "guards_passed": TRAINING_GUARDS if plan.privacy else (), "steps": 4}
-    return privacy_statement(plan, run=RUN, site=SITE, kind="hospital", **{**earned, **changes})
+    spoken_of = {"adapter_sha256": "ab" * 32, "digests": {"global": b"\x01" * 32, "kind/hospital": b"\x02" * 32}}
+    return privacy_statement(plan, run=RUN, site=SITE, kind="hospital", **{**earned, **spoken_of, **changes})
 
 
 def refused(plan, **changes) -> str:
@@ -55,6 +56,8 @@ def test_a_statement_says_what_was_earned(private):
     assert said.noise_multiplier == private.privacy.noise_multiplier
     assert set(said.guards_passed) == set(TRAINING_GUARDS)
     assert "privacy loss distribution" in said.accountant
+    assert said.adapter_sha256 == "ab" * 32
+    assert said.tensors == {"global": "01" * 32, "kind/hospital": "02" * 32}
 
 
 def test_a_run_that_stopped_early_states_what_it_spent_and_not_the_plans_target(private):

@@ -48,5 +48,7 @@ def from_record(content: RecordDict) -> bytes:
         raise Malformed(f"Flower message: got records {sorted(content)}, wanted one array record {RECORD!r}")
     array = record[FIELD]
     if array.dtype != "uint8" or array.stype != "raw" or array.shape != (len(array.data),):
-        raise Malformed(f"Flower message: got {array.dtype} {array.stype} of shape {array.shape}, wanted raw uint8 bytes")
+        raise Malformed(
+            f"Flower message: got {array.dtype} {array.stype} of shape {array.shape}, wanted raw uint8 bytes"
+        )
     return array.data

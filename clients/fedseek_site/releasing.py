@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedseek.identity.signing import CONTEXT_RELEASE, sign
-from fedseek.lora.export import ADAPTER_FILES, save_adapter, save_head
+from fedseek.lora.export import ADAPTER_FILES, WEIGHTS_FILE, save_adapter, save_head
 from fedseek.messages import ReleaseApproved, release_message
 from fedseek.release import model_card, privacy_statement, statement_bytes
 from fedseek_site.weights import weights_digests
@@ -23,30 +24,32 @@ def write_site_release(run: SiteRun, *, utility: float, send_adapter: bool) -> R
     Raises:
         ReleaseRefused: the privacy statement cannot be earned; nothing is written.
     """
-    statement = privacy_statement(
-        run.plan,
-        run=run.run_id,
-        site=run.identity.name,
-        kind=run.kind,
-        spend=run.spend,
-        guards_passed=run.guards_passed,
-        steps=run.steps_done,
-    )
-    document = statement_bytes(statement)
-    digests = weights_digests(run.scopes)
-    signature = sign(run.identity, CONTEXT_RELEASE, release_message(run.run_id, digests, document))
-    base = run.plan.spec.model.source
-    card = model_card(run.plan, run=run.run_id, statements=[statement], utility={run.kind: utility}, base=base)
-
-    run.release_folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".release-", dir=run.release_folder.parent))
-    save_adapter(run.model, draft, base_name=base)
-    save_head(run.model, draft, kind=run.kind, labels=run.plan.spec.kinds[run.kind].labels)
-    (draft / "README.md").write_text(card, "utf-8")
-    (draft / "privacy.json").write_bytes(document)
-    (draft / "privacy.sig").write_bytes(signature)
-    adapter = {name: (draft / name).read_bytes() for name in ADAPTER_FILES} if send_adapter else {}
-    os.replace(draft, run.release_folder)
+    base, digests = run.plan.spec.model.source, weights_digests(run.scopes)
+    parent = run.release_folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".release-", dir=parent) as scratch:
+        draft = Path(scratch) / "release"
+        save_adapter(run.model, draft, base_name=base)
+        save_head(run.model, draft, kind=run.kind, labels=run.plan.spec.kinds[run.kind].labels)
+        files = {name: (draft / name).read_bytes() for name in ADAPTER_FILES}
+        statement = privacy_statement(
+            run.plan,
+            run=run.run_id,
+            site=run.identity.name,
+            kind=run.kind,
+            spend=run.spend,
+            guards_passed=run.guards_passed,
+            steps=run.steps_done,
+            adapter_sha256=hashlib.sha256(files[WEIGHTS_FILE]).hexdigest(),
+            digests=digests,
+        )
+        document = statement_bytes(statement)
+        signature = sign(run.identity, CONTEXT_RELEASE, release_message(run.run_id, digests, document))
+        card = model_card(run.plan, run=run.run_id, statements=[statement], utility={run.kind: utility}, base=base)
+        (draft / "README.md").write_text(card, "utf-8")
+        (draft / "privacy.json").write_bytes(document)
+        (draft / "privacy.sig").write_bytes(signature)
+        os.replace(draft, run.release_folder)
     run.observe({"event": "released", "utility": utility, "guards_passed": list(run.guards_passed)})
     return ReleaseApproved(
         run=run.run_id,
@@ -54,5 +57,5 @@ def write_site_release(run: SiteRun, *, utility: float, send_adapter: bool) -> R
         digests=digests,
         statement=document,
         signature=signature,
-        adapter=adapter,
+        adapter=files if send_adapter else {},
     )

@@ -89,6 +89,7 @@ class SiteRun:
     rounds_started: int = 0
     rounds_applied: int = 0
     closed: bool = False
+    approval: ReleaseApproved | None = field(default=None, repr=False)
 
     @property
     def kind(self) -> str:
@@ -176,11 +177,13 @@ class SiteRun:
             ReleaseRefused: the privacy statement cannot be earned.
             WrongRound: the run is not closed.
         """
-        if not self.closed:
-            raise WrongRound("asked to release before the last sum was applied")
-        scope = head_scope(self.kind)
-        summed = self._decrypt(request.metrics, [scope])[scope]
-        return write_site_release(self, utility=_utility_of(summed), send_adapter=request.send_adapter)
+        if not self.closed or request.metrics.round != self.rounds_applied:
+            raise WrongRound("asked to release before the last sum was applied, or with the metrics of another round")
+        if self.approval is None:
+            scope = head_scope(self.kind)
+            summed = self._decrypt(request.metrics, [scope])[scope]
+            self.approval = write_site_release(self, utility=_utility_of(summed), send_adapter=request.send_adapter)
+        return self.approval
 
     def _expect_next(self, request: RoundRequest) -> None:
         wanted = self.rounds_started + 1

@@ -66,10 +66,9 @@ class SiteService:
             self._observe({"event": "refused", "code": error.code, "text": str(error)})
             rule = error.rule if isinstance(error, PlanRefused) else error.code
             return encode_message(Refused(run=run, site=self.identity.name, code=error.code, rule=rule[:200]))
-        except Exception as error:
+        except Exception:
             # Outer edge of the site: Flower would carry the exception's text, which may quote data, to the coordinator.
             log.exception("site %s failed on a request of run %s", self.identity.name, run)
-            self._observe({"event": "failed", "code": type(error).__name__, "text": str(error)})
             return encode_message(
                 Refused(run=run, site=self.identity.name, code="InternalError", rule="internal error")
             )
@@ -77,6 +76,8 @@ class SiteService:
     def _answer(self, message: Request) -> Reply:
         match message:
             case PlanOffer():
+                if self._run is not None and self._run.run_id == message.run:
+                    raise WrongRound(f"run {message.run!r} has begun here already; it is not begun twice")
                 self._run = open_run(
                     message, self.identity, self.data, observe=self._observe, release_folder=self._release_folder
                 )

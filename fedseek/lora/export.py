@@ -10,7 +10,8 @@ from safetensors.numpy import save_file
 
 from fedseek.lora.model import AdapterModel, head_tensors
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = ("adapter_config.json", WEIGHTS_FILE)
 
 
 def save_adapter(model: AdapterModel, folder: Path, *, base_name: str) -> None:

@@ -195,7 +195,12 @@ class Coordinator:
 
     def _check_same_size(self, scope: str, reply: PlanAdmitted) -> None:
         for other in self._admitted.values():
-            if scope in other.num_values and other.num_values[scope] != reply.num_values[scope]:
+            if scope not in other.num_values:
+                continue
+            if (other.num_values[scope], other.ciphertexts[scope]) != (
+                reply.num_values[scope],
+                reply.ciphertexts[scope],
+            ):
                 raise WrongModel(
                     f"site {reply.site!r} trains {reply.num_values[scope]} values of {scope!r}, "
                     f"site {other.site!r} {other.num_values[scope]}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -13,14 +14,15 @@ from fedseek.messages import ReleaseApproved
 from fedseek.release import PrivacyStatement, model_card
 from fedseek_server.coordinator import Coordinator
 
-ADAPTER_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = frozenset({"adapter_config.json", WEIGHTS_FILE})
 
 
 def write_release(coordinator: Coordinator, folder: Path) -> None:
     """Write the release folder, all or nothing.
 
     Raises:
-        ReleaseRefused: a site has not approved, or no site sent the adapter.
+        ReleaseRefused: a site has not approved, or the adapter that was sent is not the one all signed for.
         Malformed: a statement does not parse or speaks of another run, plan or site.
     """
     approvals = coordinator.approvals
@@ -28,23 +30,35 @@ def write_release(coordinator: Coordinator, folder: Path) -> None:
     if missing:
         raise ReleaseRefused(f"no approval from {', '.join(missing)}")
     statements = [_statement_of(coordinator, approvals[site]) for site in sorted(approvals)]
-    sent = [approval.adapter for approval in approvals.values() if approval.adapter]
-    if len(sent) != 1 or set(sent[0]) != ADAPTER_FILES:
-        raise ReleaseRefused(f"{len(sent)} sites sent an adapter, wanted 1 with {', '.join(sorted(ADAPTER_FILES))}")
+    adapter = _adapter_of(list(approvals.values()), statements)
 
     plan = coordinator.plan
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".release-", dir=folder.parent))
-    for name, data in sent[0].items():
-        (draft / name).write_bytes(data)
-    for site, approval in approvals.items():
-        (draft / f"privacy-{site}.json").write_bytes(approval.statement)
-        (draft / f"privacy-{site}.sig").write_bytes(approval.signature)
-    (draft / "plan.json").write_bytes(plan.canonical())
-    (draft / "roster.bin").write_bytes(coordinator.roster.canonical_bytes())
-    card = model_card(plan, run=coordinator.run, statements=statements, utility={}, base=plan.spec.model.source)
-    (draft / "README.md").write_text(card, "utf-8")
-    os.replace(draft, folder)
+    with tempfile.TemporaryDirectory(prefix=".release-", dir=folder.parent) as scratch:
+        draft = Path(scratch) / "release"
+        draft.mkdir()
+        for name, data in adapter.items():
+            (draft / name).write_bytes(data)
+        for site, approval in approvals.items():
+            (draft / f"privacy-{site}.json").write_bytes(approval.statement)
+            (draft / f"privacy-{site}.sig").write_bytes(approval.signature)
+        (draft / "plan.json").write_bytes(plan.canonical())
+        (draft / "roster.bin").write_bytes(coordinator.roster.canonical_bytes())
+        card = model_card(plan, run=coordinator.run, statements=statements, utility={}, base=plan.spec.model.source)
+        (draft / "README.md").write_text(card, "utf-8")
+        os.replace(draft, folder)
+
+
+def _adapter_of(approvals: list[ReleaseApproved], statements: list[PrivacyStatement]) -> dict[str, bytes]:
+    """The one adapter that was sent, if its weights are those that every site signed for."""
+    sent = [approval.adapter for approval in approvals if approval.adapter]
+    if len(sent) != 1 or set(sent[0]) != ADAPTER_FILES:
+        raise ReleaseRefused(f"{len(sent)} sites sent an adapter, wanted 1 with {', '.join(sorted(ADAPTER_FILES))}")
+    got = hashlib.sha256(sent[0][WEIGHTS_FILE]).hexdigest()
+    others = sorted(statement.site for statement in statements if statement.adapter_sha256 != got)
+    if others:
+        raise ReleaseRefused(f"the adapter that was sent has sha256 {got}, {', '.join(others)} signed for another")
+    return sent[0]
 
 
 def _statement_of(coordinator: Coordinator, approval: ReleaseApproved) -> PrivacyStatement:
@@ -52,8 +66,9 @@ def _statement_of(coordinator: Coordinator, approval: ReleaseApproved) -> Privac
         statement = msgspec.json.decode(approval.statement, type=PrivacyStatement)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # msgspec lets the last two through
         raise Malformed(f"privacy statement of site {approval.site!r}: {error}") from None
-    said = (statement.run, statement.plan_digest, statement.site)
-    wanted = (coordinator.run, coordinator.plan.digest, approval.site)
+    digests = {scope: digest.hex() for scope, digest in approval.digests.items()}
+    said = (statement.run, statement.plan_digest, statement.site, statement.tensors)
+    wanted = (coordinator.run, coordinator.plan.digest, approval.site, digests)
     if said != wanted:
         raise Malformed(f"privacy statement of site {approval.site!r} speaks of {said}, wanted {wanted}")
     return statement

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, LlamaConfig
 
 from fedseek.errors import WrongModel
-from fedseek.lora.source import check_model, empty_base, load_base, locate_model, model_digest
+from fedseek.lora.source import _switch_dropout_off, check_model, empty_base, load_base, locate_model, model_digest
 
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -159,6 +159,13 @@ def test_no_dropout_is_left_where_attention_keeps_a_bare_number(tmp_path):
     AutoModel.from_config(config).save_pretrained(tmp_path)
     assert not torch.equal(*hidden_in_both_modes(AutoModel.from_pretrained(tmp_path)))
     assert torch.equal(*hidden_in_both_modes(load_base(tmp_path)))
+
+
+def test_no_dropout_is_left_that_no_configuration_speaks_of():
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
+    _switch_dropout_off(network)
+    rows = torch.ones(8, 4)
+    assert torch.equal(network.train()(rows), network.eval()(rows))
 
 
 def test_a_base_is_loaded_as_float32_in_eval_mode(tiny_model):

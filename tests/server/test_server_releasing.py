@@ -1,5 +1,6 @@
 """What the coordinator writes when all have approved: it loads in PEFT, is what the sites hold, or is not written."""
 
+import hashlib
 import json
 
 import msgspec
@@ -76,7 +77,10 @@ def test_a_release_holds_the_plan_the_roster_and_every_signed_statement(finished
     roster = parse_roster((folder / "roster.bin").read_bytes())
     for name in names:
         document = (folder / f"privacy-{name}.json").read_bytes()
-        message = release_message(coordinator.run, coordinator.approvals[name].digests, document)
+        said = json.loads(document)  # nothing but the folder is needed to check a signature
+        digests = {scope: bytes.fromhex(digest) for scope, digest in said["tensors"].items()}
+        message = release_message(said["run"], digests, document)
+        assert said["adapter_sha256"] == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
         verify(roster.entry(name), CONTEXT_RELEASE, message, (folder / f"privacy-{name}.sig").read_bytes())
         assert json.loads(document)["epsilon"] is None, "a run without privacy states none"
     card = (folder / "README.md").read_text("utf-8")
@@ -118,6 +122,18 @@ def test_only_the_files_of_an_adapter_are_written(finished, alter):
     sender = next(name for name, approval in approvals.items() if approval.adapter)
     approvals[sender] = msgspec.structs.replace(approvals[sender], adapter=alter(approvals[sender].adapter))
     with pytest.raises(ReleaseRefused, match=r"wanted 1 with adapter_config\.json, adapter_model\.safetensors"):
+        released(finished)
+    assert not (finished.folder / "out").exists()
+
+
+def test_an_adapter_other_than_the_one_all_signed_for_is_refused(finished):
+    approvals = finished.coordinator.approvals
+    sender = next(name for name, approval in approvals.items() if approval.adapter)
+    weights = bytearray(approvals[sender].adapter["adapter_model.safetensors"])
+    weights[-1] ^= 1
+    swapped = {**approvals[sender].adapter, "adapter_model.safetensors": bytes(weights)}
+    approvals[sender] = msgspec.structs.replace(approvals[sender], adapter=swapped)
+    with pytest.raises(ReleaseRefused, match="signed for another"):
         released(finished)
     assert not (finished.folder / "out").exists()
 

@@ -1,5 +1,6 @@
 """A round under encryption against the same round in plaintext, and what the parties end up with."""
 
+import inspect
 from dataclasses import replace
 from functools import reduce
 
@@ -199,6 +200,10 @@ def test_bytes_are_counted_and_nothing_carried_shows_an_update(plan):
     for site in sites:
         for update in site.updates.values():
             assert not any(update.tobytes()[:32] in message for message in outcome.carried)
+
+
+def test_the_whole_round_fits_on_a_page():
+    assert len(inspect.getsource(run_round).splitlines()) <= 80
 
 
 def test_fewer_sites_than_the_plan_wants_stop_the_round(tiny_plan):
