@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from fedseek.dp.accounting import PrivacyParams
+from fedseek.lora.load import load_base
 from fedseek.lora.model import AdapterModel, LoraParams, build_model
-from fedseek.lora.source import load_base, locate_model
+from fedseek.lora.source import locate_model
 from fedseek.records import TokenisedRecords
 from fedseek.train import TrainingSettings, train_round
 

@@ -18,7 +18,8 @@ from fedseek.encode import UpdateLayout, encode_update, num_ciphertexts
 from fedseek.encrypt import encrypt_update
 from fedseek.he.keys import SecretKey
 from fedseek.he.params import noise_budget_bits
-from fedseek.lora.source import empty_base, locate_model
+from fedseek.lora.load import empty_base
+from fedseek.lora.source import locate_model
 from fedseek.plan import Plan
 from fedseek.prepare import prepare_layouts, prepare_model
 

@@ -20,8 +20,9 @@ from torch import nn
 
 from fedseek.dp.accounting import PrivacySpend
 from fedseek.evaluate import evaluate
+from fedseek.lora.load import load_base
 from fedseek.lora.model import AdapterModel
-from fedseek.lora.source import load_base, locate_model
+from fedseek.lora.source import locate_model
 from fedseek.plan import Plan
 from fedseek.prepare import prepare_model, prepare_settings
 from fedseek.records import TokenisedRecords, tokenise

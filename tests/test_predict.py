@@ -8,7 +8,8 @@ from fedseek.encode import encode_update, num_ciphertexts
 from fedseek.encrypt import encrypt_update
 from fedseek.errors import WrongModel
 from fedseek.he.keys import SecretKey
-from fedseek.lora.source import empty_base, load_base, locate_model
+from fedseek.lora.load import empty_base, load_base
+from fedseek.lora.source import locate_model
 from fedseek.predict import predict_plan, prediction_document
 from fedseek.prepare import prepare_layouts, prepare_model
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from fedseek.encode import flatten
+from fedseek.lora.load import empty_base, load_base
 from fedseek.lora.model import adapter_tensors, head_tensors
-from fedseek.lora.source import empty_base, load_base
 from fedseek.prepare import HELD_BACK_METRICS, prepare_layouts, prepare_model, prepare_settings
 
 

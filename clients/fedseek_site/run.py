@@ -34,8 +34,9 @@ from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster, parse_roster
 from fedseek.identity.sealing import SealedKey, open_sealed, seal
 from fedseek.identity.signing import CONTEXT_ADAPTER, CONTEXT_PLAN, join_fields, sign
+from fedseek.lora.load import load_base
 from fedseek.lora.model import AdapterModel
-from fedseek.lora.source import load_base, locate_model
+from fedseek.lora.source import locate_model
 from fedseek.messages import (
     AggregateDown,
     CloseRequest,

@@ -1,6 +1,7 @@
 """Where the base model comes from, and proof that it is the one the plan names.
 
-Only safetensors, only files that are already here, never code from a model folder.
+Only safetensors, only files that are already here, never code from a model folder. Brings no torch: a command line and
+a site's admission ask here before anything is loaded.
 """
 
 from __future__ import annotations
@@ -10,10 +11,6 @@ import importlib.util
 import re
 from functools import lru_cache
 from pathlib import Path
-
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from fedseek.errors import WrongModel
 
@@ -82,30 +79,3 @@ def check_model(folder: Path, wanted: str) -> None:
             f"base model in {folder}: weights have sha256 {got}, the plan wants {wanted}",
             hint="install the model version the plan names, or agree on another plan",
         )
-
-
-def load_base(folder: Path) -> PreTrainedModel:
-    """Load the frozen base model, float32, with dropout switched off (why: see fedseek.lora.model)."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    for name, value in vars(config).items():  # some attentions keep the bare number instead of a Dropout module
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
-    base: PreTrainedModel = AutoModel.from_pretrained(
-        folder, config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-    )
-    _switch_dropout_off(base)
-    return base
-
-
-def empty_base(folder: Path) -> PreTrainedModel:
-    """The base model's shapes without its weights: enough to predict the size of an update in milliseconds."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        base: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=False)
-    return base
-
-
-def _switch_dropout_off(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0

@@ -7,8 +7,8 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 
 from fedseek.lora.export import ADAPTER_FILES, save_adapter, save_head
+from fedseek.lora.load import load_base
 from fedseek.lora.model import LoraParams, adapter_tensors, build_model, head_tensors, load_tensors
-from fedseek.lora.source import load_base
 
 IDS = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]])
 MASK = (IDS != 0).long()

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from fedseek.errors import WrongModel
+from fedseek.lora.load import empty_base, load_base
 from fedseek.lora.model import (
     LoraParams,
     adapter_shapes,
@@ -12,7 +13,7 @@ from fedseek.lora.model import (
     head_tensors,
     load_tensors,
 )
-from fedseek.lora.source import empty_base, load_base, locate_model
+from fedseek.lora.source import locate_model
 
 IDS = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]])
 MASK = (IDS != 0).long()

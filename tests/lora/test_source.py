@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModel, LlamaConfig
 
 from fedseek.errors import WrongModel
-from fedseek.lora.source import _switch_dropout_off, check_model, empty_base, load_base, locate_model, model_digest
+from fedseek.lora.load import _switch_dropout_off, empty_base, load_base
+from fedseek.lora.source import check_model, locate_model, model_digest
 
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fedseek.evaluate import evaluate
+from fedseek.lora.load import load_base
 from fedseek.lora.model import adapter_tensors, head_tensors
-from fedseek.lora.source import load_base
 from fedseek.prepare import prepare_model
 from fedseek.records import tokenise
 from fedseek_site.admission import units_for
