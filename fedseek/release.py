@@ -18,11 +18,14 @@ from fedseek.plan import Plan
 
 STATEMENT_VERSION: Final = 1
 NOT_COVERED: Final = (
+    "what the adapter says about groups of people: it is meant to learn that, with or without any one of them",
+    "people who appear at more than one site, or under several identifiers at one site: what they spend adds up",
+    "more than one record of a person where the unit is the record",
+    "other runs on the same data: their costs add up and are not counted in this statement",
     "that a site took part, and how many records it holds",
     "records held back for evaluation: their summed metrics are seen by the sites, without noise",
+    "choices made by looking at the records before training: labels, prompts, settings",
     "the base model, which was trained elsewhere",
-    "other runs on the same data: their costs add up and are not counted in this statement",
-    "more than one record of a person where the unit is the record",
     "a site that colludes with the coordinator: with one encryption layer it can read another site's noised update",
 )
 

@@ -12,6 +12,7 @@ from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fedseek.release import NOT_COVERED
 from simulations.charts import PHASES, lines_by_round, plain_bars, stacked_bars
 from simulations.summary import (
     Encryption,
@@ -24,16 +25,7 @@ from simulations.summary import (
     write_whole,
 )
 
-NOT_COVERED = (
-    "What the adapter says about groups of people: it is meant to learn that, with or without any one of them.",
-    "People who appear at more than one site, or under several identifiers at one site: what they spend adds up.",
-    "Other runs on the same records: each states its own epsilon, and they add up.",
-    "The base model and what it was trained on.",
-    "The figures on this page: utility and loss on held-back records, record counts, sizes and times carry no noise.",
-    "Choices made by looking at the records before training: labels, prompts, settings.",
-    "A site that breaks the agreement: all sites hold the key that opens the sum, so encryption hides an update from "
-    "the coordinator, not from a coordinator and a site that work together.",
-)
+FIGURES_HERE = "the figures on this page: utility, loss, record counts, sizes and times carry no noise"
 MAX_LABEL = 18  # characters of a site's name beside a line
 
 
@@ -81,7 +73,7 @@ def render_report(summary: Summary) -> str:
         bytes_chart=_bytes_chart(summary),
         sites=_sites_table(summary),
         facts=_facts(summary),
-        not_covered=NOT_COVERED,
+        not_covered=[f"{line[0].upper()}{line[1:]}." for line in (*NOT_COVERED, FIGURES_HERE)],
         figure=_number,
         duration=_duration,
         metric=_metric(summary),

@@ -154,3 +154,17 @@ def test_plain_fedavg_adds_the_mean_and_keeps_its_arguments():
 def test_steps_out_of_range_are_refused(mean, momentum, factors, message):
     with pytest.raises(ValueError, match=message):
         apply_mean(np.zeros(3, np.float32), mean, momentum, learning_rate=factors[0], momentum_factor=factors[1])
+
+
+def test_open_a_key_holder_that_is_handed_one_update_reads_it():
+    # Not a wish: one lock, whose key every site holds. Masks turn this test round.
+    layout = LAYOUTS["bank"]
+    vector = site_vectors(0)["bank"]
+    slots = encode_update(vector, layout, packing=PACKING, value_range=2.0, weight=1, weight_cap=1, metrics={})
+    aggregate = agg_init(PACKING.params, {"bank": num_ciphertexts(layout, PACKING)}, max_sites=8)
+    agg_update(aggregate, encrypt_update(KEY, {"bank": slots}))
+    (alone,) = agg_finish(aggregate, min_sites=1)
+    read = decrypt_sum(
+        KEY, [alone], layouts={"bank": layout}, packing=PACKING, value_ranges={"bank": 2.0}, weight_cap=1
+    )
+    assert np.abs(read["bank"].mean - vector).max() < 1e-3
