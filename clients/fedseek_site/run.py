@@ -55,7 +55,7 @@ from fedseek.prepare import HELD_BACK_METRICS, prepare_model, prepare_settings
 from fedseek.records import TokenisedRecords, tokenise
 from fedseek.train import train_round
 from fedseek_site.admission import SiteData, check_admission, check_labels, units_for
-from fedseek_site.releasing import write_site_release
+from fedseek_site.releasing import FinishedRun, write_site_release
 from fedseek_site.weights import (
     ScopeWeights,
     apply_sums,
@@ -183,8 +183,25 @@ class SiteRun:
         if self.approval is None:
             scope = head_scope(self.kind)
             summed = self._decrypt(request.metrics, [scope])[scope]
-            self.approval = write_site_release(self, utility=_utility_of(summed), send_adapter=request.send_adapter)
+            finished = self._finished(_utility_of(summed))
+            self.approval = write_site_release(finished, self.release_folder, send_adapter=request.send_adapter)
+            self.observe(
+                {"event": "released", "utility": finished.utility, "guards_passed": list(finished.guards_passed)}
+            )
         return self.approval
+
+    def _finished(self, utility: float) -> FinishedRun:
+        return FinishedRun(
+            run=self.run_id,
+            plan=self.plan,
+            identity=self.identity,
+            model=self.model,
+            digests=weights_digests(self.scopes),
+            spend=self.spend,
+            guards_passed=self.guards_passed,
+            steps=self.steps_done,
+            utility=utility,
+        )
 
     def _expect_next(self, request: RoundRequest) -> None:
         wanted = self.rounds_started + 1
