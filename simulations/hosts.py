@@ -10,6 +10,7 @@ engine's process.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class SiteHost:
 
         torch.set_num_threads(1)
         folder = Path(run_folder)
+        logging.basicConfig(filename=folder / f"{host_name(first)}.log", level=logging.WARNING, encoding="utf-8")
         scenario = open_scenario(folder)
         self._services: dict[int, SiteService] = {}
         for index in range(first, len(scenario.spec.sites), stride):
