@@ -1,11 +1,12 @@
 """The folder a run leaves behind, and how its processes find what they need in it.
 
-runs/<scenario>-<time>/
-scenario.toml  options.json  plan.json      what was run
-coordinator.jsonl  sites/<name>/report.jsonl  baselines.jsonl   what happened, by who saw it
-metrics.jsonl  summary.json  report.html    what came out
-release/  sites/<name>/release/             the adapter; each site's own copy with its head
-engine.log                                  what the libraries said
+``runs/<scenario>-<time>/`` holds
+
+- what was run: ``scenario.toml``, ``options.json``, ``plan.json``, and ``data/`` if it was made here;
+- what happened, by who saw it: ``coordinator.jsonl``, ``sites/<name>/report.jsonl``;
+- what came out: ``metrics.jsonl``, ``summary.json``, ``report.html``, ``release/`` and each site's own copy with its head
+  in ``sites/<name>/release/``;
+- what the libraries said, and tracebacks: ``engine.log``, ``site-host-<n>.log``.
 """
 
 from __future__ import annotations

@@ -42,12 +42,12 @@ SITES = """
 name = "北岸银行"
 kind = "bank"
 train = "{folder}/没有.jsonl"
-held_back = "{folder}/没有.jsonl"
+held_back = "{folder}/也没有.jsonl"
 [[sites]]
 name = "harbour-bank"
 kind = "bank"
 train = "{folder}/没有.jsonl"
-held_back = "{folder}/没有.jsonl"
+held_back = "{folder}/也没有.jsonl"
 """
 
 
