@@ -178,12 +178,12 @@ class Plan:
     def initial_range(self, scope: str) -> float:
         """Clip range of the quantiser in round 1, when there is no aggregate yet to derive it from.
 
-        Adam moves a value by about its learning rate a step, so ``learning_rate * steps_per_round`` bounds a round's
-        update up to the first steps' bias correction (Kingma and Ba 2015, section 2.1).
+        Adam moves a value by about its learning rate a step (Kingma and Ba 2015, section 2.1), and in the first steps by
+        just that much: a quarter more keeps those values off the edge.
         """
         training = self.spec.training
         rate = training.learning_rate if scope == GLOBAL_SCOPE else training.head_learning_rate
-        return rate * training.steps_per_round
+        return 1.25 * rate * training.steps_per_round
 
     def seed_for(self, purpose: str) -> int:
         """A public 64-bit seed for ``purpose``. Never for noise, masks, keys or private sampling."""

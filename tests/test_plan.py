@@ -398,8 +398,8 @@ def test_privacy_takes_its_numbers_from_the_plan():
 def test_the_first_range_covers_what_adam_can_move_in_a_round():
     plan = checked()
     assert plan.scopes("bank") == ("global", "kind/bank")
-    assert plan.initial_range("global") == pytest.approx(4 * 0.002)
-    assert plan.initial_range("kind/bank") == pytest.approx(4 * 0.01)
+    assert plan.initial_range("global") == pytest.approx(1.25 * 4 * 0.002)
+    assert plan.initial_range("kind/bank") == pytest.approx(1.25 * 4 * 0.01)
 
 
 def test_seeds_differ_by_purpose_name_and_seed_and_are_known():
