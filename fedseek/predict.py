@@ -60,7 +60,6 @@ class Prediction:
 class _Sample:
     """Measured on one encrypted vector: bytes a ciphertext, seconds a ciphertext."""
 
-    ciphertexts: int
     bytes_up: float
     bytes_down: float
     encrypt: float
@@ -133,7 +132,6 @@ def _measure(plan: Plan) -> _Sample:
     decrypt_sum(key, sums, layouts={SAMPLE: layout}, packing=packing, value_ranges={SAMPLE: 1.0}, weight_cap=1)
     done = time.perf_counter()
     return _Sample(
-        ciphertexts=count,
         bytes_up=sum(map(len, update[0].ciphertexts)) / count,
         bytes_down=sum(map(len, sums[0].ciphertexts)) / count,
         encrypt=(encrypted - started) / count,

@@ -104,7 +104,7 @@ def failure_of(folder: Path, returncode: int) -> FedseekError:
         return FedseekError(f"the engine ended with code {returncode}", hint=f"see {folder / 'engine.log'}")
     told = json.loads(path.read_text("utf-8"))
     error = FedseekError(told["message"], hint=told["hint"])
-    error.exit_code = told["exit_code"]  # type: ignore[misc]  # of this one instance: the class travelled as a code
+    error.exit_code = told["exit_code"]  # of this one instance: the class travelled as a code
     return error
 
 
