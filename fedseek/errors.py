@@ -17,8 +17,10 @@
     ├── MessageError                          6
     │   ├── Malformed
     │   ├── WrongRound
+    │   ├── Tampered          a sum is not that of the sites it is said to hold
     │   └── TooLarge
     ├── CohortTooSmall                        6
+    ├── JournalUnusable                       8
     ├── SiteRefused                           1, or that of the family its code names
     └── ReleaseRefused                        7
 
@@ -147,6 +149,10 @@ class WrongRound(MessageError):
     """A message answers for another run, round or phase."""
 
 
+class Tampered(MessageError):
+    """A decrypted sum does not carry the tags of exactly the sites that were announced."""
+
+
 class TooLarge(MessageError):
     """A message is larger than the plan allows."""
 
@@ -155,6 +161,12 @@ class CohortTooSmall(FedseekError):
     """Fewer sites answered than the plan needs."""
 
     exit_code = 6
+
+
+class JournalUnusable(FedseekError):
+    """What a party wrote down to go on after a restart cannot be read or written: disk, lock or damage."""
+
+    exit_code = 8
 
 
 class SiteRefused(FedseekError):

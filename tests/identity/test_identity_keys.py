@@ -2,10 +2,12 @@ import copy
 import dataclasses
 import pickle
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from fedseek.errors import Malformed
+from fedseek.identity import keys
 from fedseek.identity.keys import SiteIdentity
 
 
@@ -61,3 +63,56 @@ def test_fields_cannot_be_replaced():
 def test_names_a_roster_would_refuse_are_refused_at_once(name, kind):
     with pytest.raises(Malformed):
         SiteIdentity.generate(name, kind)
+
+
+def test_an_identity_comes_back_from_its_bytes_and_does_the_same():
+    identity = SiteIdentity.generate("华西医院", "hospital")
+    again = SiteIdentity.from_bytes(identity.to_bytes())
+    assert again.public() == identity.public()
+    assert secret_bytes(again) == secret_bytes(identity)
+    assert again.to_bytes() == identity.to_bytes()
+    assert again.signing_key.sign(b"m") == identity.signing_key.sign(b"m")
+
+
+def form(**changes) -> bytes:
+    identity = SiteIdentity.generate("a", "bank")
+    return msgspec.msgpack.encode(msgspec.msgpack.decode(identity.to_bytes()) | changes)
+
+
+def test_the_form_the_next_test_breaks_is_right_unbroken():
+    assert SiteIdentity.from_bytes(form()).name == "a"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc0",
+        form()[:-1],
+        form() + b"\x00",
+        form(version=2),
+        form(name=""),
+        form(name="a\u200b"),
+        form(kind="a/b"),
+        form(name=b"\xff"),
+        form(signing_key=bytes(31)),
+        form(mlkem_seed=bytes(63)),
+        form(x25519_key=bytes(33)),
+        form(x25519_key="x" * 32),
+        form(more=1),
+        msgspec.msgpack.encode(dict(reversed(msgspec.msgpack.decode(form()).items()))),
+    ],
+    ids=lambda data: f"{len(data)}-bytes",
+)
+def test_bytes_that_are_not_one_identity_are_refused_without_quoting_them(data):
+    with pytest.raises(Malformed) as caught:
+        SiteIdentity.from_bytes(data)
+    assert caught.value.__cause__ is None
+    assert len(str(caught.value)) < 100
+
+
+def test_the_form_in_between_does_not_print_keys():
+    identity = SiteIdentity.generate("a", "bank")
+    between = msgspec.msgpack.decode(identity.to_bytes(), type=keys._IdentityForm)
+    assert repr(between) == "<identity of 'a' as bytes, redacted>"
+    assert list(between.__rich_repr__()) == [("name", "a")]

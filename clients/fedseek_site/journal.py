@@ -1,0 +1,379 @@
+"""Exactly once, on disk: what a site has answered, and what it must remember to go on.
+
+    asked:     recall(step, request)  ->  None: not done yet             -> do it, record it, then answer
+                                      ->  bytes: done, the same request  -> answer the same bytes again
+                                      ->  WrongRound: done, and another request now: refused, and written down
+
+The answer and the state that belongs to it go to the disk in one transaction, before the answer leaves. So after a
+crash at any moment a site has either not answered, or can repeat its answer to the byte; a second update, mask or share
+for the same step does not come into being.
+
+Durability. SQLite with a rollback journal and ``synchronous=EXTRA``. ``FULL`` alone does not sync the folder after the
+rollback journal is removed: a power failure could bring that file back and with it undo a step already answered
+(SQLite, "PRAGMA synchronous"). A write-ahead log with ``FULL`` would be as durable, but somebody who tidies the ``-wal``
+file away makes the site forget steps and nothing shows; here every committed step is in the one file. A ``-journal``
+file that a crash leaves must stay for the next start: without it the file is damaged (SQLite, "How To Corrupt An
+SQLite Database File", sections 1.3 and 1.4). The folder must be on a local disk: locks and syncs of network file
+systems cannot be relied on. An open journal is not to be used in a forked child.
+
+What this cannot know: an older copy of the file, put back from a backup or a snapshot, has forgotten the steps since,
+and the site would do them a second time. While a run is on, never restore the file and never delete it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Final, Self
+
+from fedseek.errors import CustodyError, JournalUnusable, TooLarge, WrongRound
+from fedseek.identity.vault import StorageKey, check_private, open_at_rest, seal_at_rest
+
+JOURNAL_FILE: Final = "site.sqlite3"
+LOCK_FILE: Final = "site.lock"
+MAX_KEPT_BYTES: Final = 900_000_000  # SQLite as usually built takes rows of 10**9 bytes (SQLITE_MAX_LENGTH)
+ROUNDS_KEPT: Final = 2  # answers older than this many rounds before the newest are dropped
+MAX_REFUSALS_KEPT: Final = 1000  # a run; more are refused all the same, but a coordinator cannot fill the disk
+
+_MAX_RUN_CHARS, _MAX_ROUND = 128, 2**31 - 1
+_PHASE = re.compile(r"[a-z][a-z-]{0,31}")
+_APPLICATION_ID: Final = 0x46534A31  # "FSJ1": tells this file from any other SQLite database
+_KEY_CHECK: Final = "site-journal"
+_SCHEMA: Final = (
+    f"PRAGMA application_id = {_APPLICATION_ID}",
+    "CREATE TABLE key_check (sealed BLOB NOT NULL)",
+    # number: in the order of recording, rows are never deleted; request: SHA-256; reply: sealed, NULL if no longer kept
+    "CREATE TABLE steps (number INTEGER PRIMARY KEY, run TEXT NOT NULL, phase TEXT NOT NULL, round INTEGER NOT NULL,"
+    " request BLOB NOT NULL, reply BLOB, UNIQUE (run, phase, round))",
+    "CREATE TABLE states (run TEXT PRIMARY KEY, sealed BLOB NOT NULL)",
+    "CREATE TABLE forgotten (run TEXT PRIMARY KEY)",
+    "CREATE TABLE refusals (run TEXT NOT NULL, phase TEXT NOT NULL, round INTEGER NOT NULL,"
+    " request BLOB NOT NULL, at REAL NOT NULL)",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a site does once.
+
+    Attributes:
+        run: 1 to 128 characters.
+        phase: lower-case letters and hyphens, 1 to 32 of them, such as ``"round"`` or ``"unmask"``.
+        round: from 0 up. The last steps of a run carry its last round, so that pruning knows them for new.
+    """
+
+    run: str
+    phase: str
+    round: int
+
+    def __post_init__(self) -> None:
+        fits = 1 <= len(self.run) <= _MAX_RUN_CHARS and 0 <= self.round <= _MAX_ROUND
+        if not fits or not _PHASE.fullmatch(self.phase):
+            raise ValueError(f"{self!r} is out of bounds")
+
+    def __str__(self) -> str:
+        return f"{self.phase!r} of round {self.round} of run {self.run!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request for a step that had been done on another request.
+
+    Attributes:
+        step: the step.
+        request_digest: SHA-256 of the request refused, 32 bytes.
+        at: when, in seconds since 1970 (UTC).
+    """
+
+    step: Step
+    request_digest: bytes
+    at: float
+
+
+class Journal:
+    """The journal of one site, in ``site.sqlite3`` of the site's state folder; used by one process at a time.
+
+    Replies and states are sealed under the storage key. In the clear are runs, phases, rounds, times and the SHA-256 of
+    requests. Methods may be called from several threads. ``recall`` followed by ``record`` is not one action: of two
+    threads that do the same step, the second to record is refused, and its answer must not leave.
+
+    Args:
+        folder: the state folder; made with mode 0700 if it is missing, its parent is not.
+        key: the storage key of the site.
+
+    Raises:
+        WrongKey: the journal was begun under another storage key.
+        CustodyError: the file is open to group or others, or cannot be opened.
+        JournalUnusable: another process has it open, it is damaged, or it is no journal.
+    """
+
+    def __init__(self, folder: Path, key: StorageKey) -> None:
+        self._path = folder / JOURNAL_FILE
+        self._key = key
+        self._turn = Lock()
+        with ExitStack() as opened:
+            _make_files(folder, opened)
+            self._db = _connect(self._path, opened)
+            self._begin_or_check()
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file and let other processes have it; closing twice does nothing more."""
+        with self._turn:
+            self._opened.close()
+
+    def recall(self, step: Step, request: bytes) -> bytes | None:
+        """Whether the step was done: to be asked before doing it.
+
+        Returns:
+            The reply as recorded if it was done on this very request; None if it was not done.
+
+        Raises:
+            WrongRound: done on another request (written down durably before this is raised), done so long ago that its
+                reply is no longer kept, or of a run that was forgotten.
+            WrongKey: the reply on the disk was altered.
+            JournalUnusable: the disk is full or fails, or the file is damaged.
+        """
+        digest = hashlib.sha256(request).digest()
+        with self._transaction() as db:
+            row = db.execute(
+                "SELECT request, reply FROM steps WHERE (run, phase, round) = (?, ?, ?)", _columns(step)
+            ).fetchone()
+            differs = row is not None and row[0] != digest
+            if differs:
+                _note_refusal(db, step, digest)
+            forgotten = _is_forgotten(db, step.run)
+        if differs:
+            raise WrongRound(
+                f"{step} was done here on another request; this one is refused and written down",
+                hint="a coordinator that asks twice, differently, is at fault or hostile: see the site's refusals",
+            )
+        if forgotten:
+            raise WrongRound(f"{step}: the run was forgotten here at its operator's word")
+        if row is None:
+            return None
+        if row[1] is None:
+            raise WrongRound(f"{step} is done, its answer is no longer kept")
+        return open_at_rest(self._key, row[1], purpose=_reply_purpose(step, digest))
+
+    def record(self, step: Step, request: bytes, reply: bytes, state: bytes | None) -> None:
+        """Keep the reply and the state together, durably, before the reply leaves the site.
+
+        Guarantee: once this has returned, both survive a crash of the process and of the machine; if it raises, or the
+        process dies within it, either both are kept or neither.
+
+        Args:
+            step: the step that was done.
+            request: what asked for it; only its SHA-256 is kept.
+            reply: what will be answered, at most ``MAX_KEPT_BYTES``.
+            state: what the site needs to go on with the run, at most ``MAX_KEPT_BYTES``; it replaces the run's last one.
+                None leaves that as it is.
+
+        Raises:
+            WrongRound: the step is recorded already, or the run was forgotten. The reply must not leave.
+            TooLarge: the reply or the state is. The reply must not leave.
+            JournalUnusable: the disk is full or fails, or the file is damaged. The reply must not leave.
+        """
+        _check_size(f"reply of {step}", reply)
+        _check_size(f"state after {step}", state or b"")
+        digest = hashlib.sha256(request).digest()
+        sealed_reply = seal_at_rest(self._key, reply, purpose=_reply_purpose(step, digest))
+        sealed_state = None if state is None else seal_at_rest(self._key, state, purpose=_state_purpose(step.run))
+        with self._transaction() as db:
+            _refuse_repetition(db, step)
+            db.execute(
+                "INSERT INTO steps (run, phase, round, request, reply) VALUES (?, ?, ?, ?, ?)",
+                (*_columns(step), digest, sealed_reply),
+            )
+            if sealed_state is not None:
+                db.execute("REPLACE INTO states (run, sealed) VALUES (?, ?)", (step.run, sealed_state))
+            db.execute(
+                "UPDATE steps SET reply = NULL WHERE run = ? AND round < ? AND reply IS NOT NULL",
+                (step.run, step.round - ROUNDS_KEPT),
+            )
+
+    def state(self, run: str) -> bytes | None:
+        """The newest state recorded for the run; None if there is none, or the run was forgotten.
+
+        Raises:
+            WrongKey: the state on the disk was altered.
+            JournalUnusable: the disk fails, or the file is damaged.
+        """
+        with self._transaction() as db:
+            row = db.execute("SELECT sealed FROM states WHERE run = ?", (run,)).fetchone()
+        return None if row is None else open_at_rest(self._key, row[0], purpose=_state_purpose(run))
+
+    def latest_run(self) -> str | None:
+        """The run of the step recorded last, for a site to go on with; None if there is none or it was forgotten."""
+        with self._transaction() as db:
+            row = db.execute("SELECT run FROM steps ORDER BY number DESC LIMIT 1").fetchone()
+            return None if row is None or _is_forgotten(db, row[0]) else str(row[0])
+
+    def refusals(self, run: str) -> list[Refusal]:
+        """The first ``MAX_REFUSALS_KEPT`` requests refused for being other than the one answered, oldest first."""
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT run, phase, round, request, at FROM refusals WHERE run = ? ORDER BY rowid", (run,)
+            ).fetchall()
+        return [Refusal(Step(*row[:3]), row[3], row[4]) for row in rows]
+
+    def forget(self, run: str) -> None:
+        """Drop the replies and the state of a finished run for good; run at the operator's word.
+
+        What stays: which steps were done, on which requests, and the refusals. So a forgotten run is not begun again.
+        Their place in the file is overwritten with zeros; the disk may still hold older, sealed copies.
+
+        Raises:
+            JournalUnusable: there is no such run here, the disk is full or fails, or the file is damaged.
+        """
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM steps WHERE run = ?", (run,)).fetchone() is None:
+                raise JournalUnusable(f"{self._path}: got run {run!r} to forget, wanted a run of this site")
+            db.execute("UPDATE steps SET reply = NULL WHERE run = ?", (run,))
+            db.execute("DELETE FROM states WHERE run = ?", (run,))
+            db.execute("INSERT OR IGNORE INTO forgotten (run) VALUES (?)", (run,))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of the block is kept when it ends, or nothing if it raises."""
+        with self._turn, _told_as_ours(self._path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    def _begin_or_check(self) -> None:
+        with self._transaction() as db:
+            (is_ours,) = db.execute("PRAGMA application_id").fetchone()
+            (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if not tables and not is_ours:
+                for statement in _SCHEMA:
+                    db.execute(statement)
+                db.execute("INSERT INTO key_check VALUES (?)", (seal_at_rest(self._key, b"", purpose=_KEY_CHECK),))
+            elif is_ours != _APPLICATION_ID:
+                raise JournalUnusable(f"{self._path} is a database, but not a site's journal of version 1")
+            damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]  # reads the whole file
+            if damage != "ok":
+                raise sqlite3.DatabaseError(damage)
+            (sealed,) = db.execute("SELECT sealed FROM key_check").fetchone()
+        open_at_rest(self._key, sealed, purpose=_KEY_CHECK)
+
+
+def _make_files(folder: Path, opened: ExitStack) -> None:
+    """Take the lock, and see that the file exists, for its owner only.
+
+    The lock ends with ``opened``, or with the process and whatever it has forked.
+    """
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        opened.callback(os.close, lock)
+        # not on the database itself: closing any descriptor of that would drop SQLite's own locks
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = os.open(folder / JOURNAL_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            check_private(folder / JOURNAL_FILE, os.fstat(file))
+        finally:
+            os.close(file)
+        folder_itself = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder_itself)
+        finally:
+            os.close(folder_itself)
+    except BlockingIOError:
+        raise JournalUnusable(
+            f"{folder} is in use by another process of this site; wanted it for this one alone",
+            hint="stop that process first; its lock ends with it",
+        ) from None
+    except OSError as error:
+        raise CustodyError(f"journal in {folder} cannot be opened: {error.strerror}") from error
+
+
+def _connect(path: Path, opened: ExitStack) -> sqlite3.Connection:
+    with _told_as_ours(path):
+        db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        opened.callback(db.close)
+        for pragma in (
+            "journal_mode = DELETE",  # for both, see the head of this file
+            "synchronous = EXTRA",
+            "fullfsync = ON",  # macOS: fsync alone leaves the data in the disk's cache
+            "secure_delete = ON",  # states hold the mask keys of their round: zeros in place of old ones
+            "temp_store = MEMORY",
+        ):
+            db.execute(f"PRAGMA {pragma}")
+    return db
+
+
+@contextmanager
+def _told_as_ours(path: Path) -> Iterator[None]:
+    """Tell an error of SQLite as one of ours."""
+    try:
+        yield
+    except sqlite3.ProgrammingError:  # a closed journal: a mistake of the programmer
+        raise
+    except sqlite3.DataError as error:
+        raise TooLarge(f"{path}: {error}; wanted at most {MAX_KEPT_BYTES} bytes") from error
+    except sqlite3.DatabaseError as error:
+        name = getattr(error, "sqlite_errorname", "damaged")
+        hint = (
+            "make room on the disk: the step was not recorded and is not answered"
+            if name == "SQLITE_FULL"
+            else "keep the file as it is and look at the disk; without the journal the site cannot go on with its runs"
+        )
+        raise JournalUnusable(f"journal {path} cannot be used: {error} ({name})", hint=hint) from error
+
+
+def _columns(step: Step) -> tuple[str, str, int]:
+    return step.run, step.phase, step.round
+
+
+def _is_forgotten(db: sqlite3.Connection, run: str) -> bool:
+    return db.execute("SELECT 1 FROM forgotten WHERE run = ?", (run,)).fetchone() is not None
+
+
+def _refuse_repetition(db: sqlite3.Connection, step: Step) -> None:
+    if db.execute("SELECT 1 FROM steps WHERE (run, phase, round) = (?, ?, ?)", _columns(step)).fetchone():
+        raise WrongRound(f"{step} is recorded already; a second answer to it must not leave")
+    if _is_forgotten(db, step.run):
+        raise WrongRound(f"{step}: the run was forgotten here at its operator's word")
+
+
+def _note_refusal(db: sqlite3.Connection, step: Step, digest: bytes) -> None:
+    (kept,) = db.execute("SELECT count(*) FROM refusals WHERE run = ?", (step.run,)).fetchone()
+    if kept < MAX_REFUSALS_KEPT:
+        db.execute("INSERT INTO refusals VALUES (?, ?, ?, ?, ?)", (*_columns(step), digest, time.time()))
+
+
+def _reply_purpose(step: Step, digest: bytes) -> str:
+    # the run comes last: it alone may hold a slash
+    return f"site-reply/{digest.hex()}/{step.phase}/{step.round}/{step.run}"
+
+
+def _state_purpose(run: str) -> str:
+    return f"site-state/{run}"
+
+
+def _check_size(what: str, data: bytes) -> None:
+    if len(data) > MAX_KEPT_BYTES:
+        raise TooLarge(f"{what}: got {len(data)} bytes, wanted at most {MAX_KEPT_BYTES}")
