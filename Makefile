@@ -19,7 +19,7 @@ demo: $(VENV)/.installed-demo
 	$(VENV)/bin/fedseek simulate simulations/scenarios/demo.toml
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .

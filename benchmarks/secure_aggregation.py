@@ -1,225 +1,170 @@
-"""Measure the whole secure sum: encode, encrypt, add blind, decrypt, decode; with the library's own code.
+"""Measure the whole secure sum: encode, tag, mask, encrypt, add blind, unmask, decrypt, verify, decode.
 
-Seconds are CPU seconds of one thread, so that other work on the machine does not show in them.
-
-The coordinator's half runs in a process of its own that is fed one serialised update at a time, so that its memory
-can be compared between small and large cohorts.
+All of it with the library's own code. Seconds are CPU seconds of one thread, so that other work on the machine does
+not show in them. The coordinator runs in a process of its own that is fed one serialised message at a time.
 
 Example:
-    python benchmarks/secure_aggregation.py --values 2200000 --sites 8 --bits 13
-    python benchmarks/secure_aggregation.py --values 2200000 --sites 4 --max-sites 64 --bits 8 --json
+    python benchmarks/secure_aggregation.py --values 2200000 --sites 8 --bits 13 --dropouts 2
+    python benchmarks/secure_aggregation.py --sites 4 --max-sites 64 --bits 8 --json
+    python benchmarks/secure_aggregation.py --compare
+    python benchmarks/secure_aggregation.py --growth --dropout-fraction 0.05
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
-import statistics
+import math
 import sys
-import tempfile
-import time
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-import numpy as np
+if TYPE_CHECKING:  # the coordinator's process loads this file again, and must not load what can decrypt
+    from workload import Workload
 
-from fedseek.aggregate import Aggregate, agg_finish, agg_init, agg_update
-from fedseek.encode import UpdateLayout, decode_sum, encode_update, num_ciphertexts, num_slots, quantiser_bound
-from fedseek.he.ciphertext import ScopedCiphertexts, ScopedSum
-from fedseek.he.packing import Packing, choose_packing
+Result = dict[str, Any]
 
-if TYPE_CHECKING:
-    from fedseek.he.keys import SecretKey
-
-VALUE_RANGE = 0.01
-WEIGHT_CAP = 10_000
-METRICS = {"loss": 1.25, "examples": 512.0}
-
-
-def peak_rss_mb() -> float:
-    """Peak memory of this process alone; ru_maxrss would also count what a parent had when it started us."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+LOCKS = ("none", "outer", "both")
+SCHEMES = {"none": "plain float32", "outer": "one lock", "both": "both locks", "ckks": "CKKS (TenSEAL)"}
+COMPARED = {
+    "up_bytes_per_value": "up, bytes a value",
+    "down_bytes_per_value": "down, bytes a value",
+    "site_up_s": "site until its update leaves, s",
+    "site_down_s": "site from there to the mean, s",
+    "add_s_per_site": "coordinator adds a site, s",
+    "unmask_s": "coordinator unmasks, s",
+    "server_idle_rss_mb": "coordinator before, MB",
+    "server_peak_rss_mb": "coordinator peak, MB",
+    "exact": "the sum exactly",
+    "max_error": "largest error of a mean value",
+}
+GROWTH_SITES = (64, 128, 256)
+GROWTH_SITES_A_COLLUDER = 16
+GROWING = ("degree", "site_crypto_s", "inner_lock_s", "share_bytes", "unmask_s", "server_peak_rss_mb")
 
 
-def fold(aggregate: Aggregate, message: bytes) -> float:
-    """Add one serialised update; returns seconds."""
-    started = time.process_time()
-    agg_update(aggregate, msgspec.msgpack.decode(message, type=tuple[ScopedCiphertexts, ...]))
-    return time.process_time() - started
+def measure(workload: Workload, scheme: str) -> Result:
+    """One scheme over one workload."""
+    import peers
+    import site_side
+
+    measured = {
+        "none": peers.measure_plain,
+        "outer": site_side.measure_outer,
+        "both": site_side.measure_both,
+        "ckks": peers.measure_ckks,
+    }[scheme](workload)
+    return {"locks": scheme, **asdict(workload), **measured}
 
 
-def run_coordinator(pipe: Connection, packing: Packing, expected: dict[str, int]) -> None:
-    """The coordinator's process: fold each update as it arrives, then send the sum, the times and the peak memory."""
-    aggregate = agg_init(packing.params, expected, max_sites=packing.max_sites)
-    seconds = []
-    while path := pipe.recv():
-        seconds.append(fold(aggregate, Path(path).read_bytes()))
-        pipe.send("next")
-    started = time.process_time()
-    finished = agg_finish(aggregate, min_sites=1)
-    report = {"seconds": seconds, "finish_s": time.process_time() - started, "rss_mb": peak_rss_mb()}
-    pipe.send_bytes(msgspec.msgpack.encode(finished))
-    pipe.send_bytes(msgspec.msgpack.encode(report))
+def is_right(result: Result) -> bool:
+    """Whether the sum is exact, its tags fit and its mean is within the quantiser's bound, where a scheme has them.
+
+    CKKS promises none of these.
+    """
+    return result["locks"] == "ckks" or all(result.get(name, True) for name in ("exact", "tags_fit", "within_bound"))
 
 
-@dataclass(slots=True)
-class Sites:
-    """What all sites together sent, kept in the clear to check the encrypted path against."""
-
-    integer_sum: np.ndarray
-    weighted_sum: np.ndarray
-    plain_sum: np.ndarray
-    weight: int = 0
-    up_bytes: int = 0
-    encode_s: list[float] = field(default_factory=list)
-    plain_s: list[float] = field(default_factory=list)
+def show(result: Result) -> str:
+    return "\n".join(f"{name:24} {value}" for name, value in result.items())
 
 
-def play_site(
-    sites: Sites, rng: np.random.Generator, *, key: SecretKey, layout: UpdateLayout, packing: Packing
-) -> bytes:
-    """One site's turn: make an update, encode and encrypt it; returns the message."""
-    from fedseek.encrypt import encrypt_update  # here, so that the coordinator's process never imports it
-
-    vector = rng.standard_normal(layout.num_values, dtype=np.float32) * np.float32(VALUE_RANGE / 6)
-    weight = int(rng.integers(1, WEIGHT_CAP, endpoint=True))
-    started = time.process_time()
-    slots = encode_update(
-        vector,
-        layout,
-        packing=packing,
-        value_range=VALUE_RANGE,
-        weight=weight,
-        weight_cap=WEIGHT_CAP,
-        metrics=METRICS,
-    )
-    update = encrypt_update(key, {layout.scope: slots})
-    sites.encode_s.append(time.process_time() - started)
-    message = msgspec.msgpack.encode(update)
-
-    started = time.process_time()
-    sites.plain_sum += vector
-    sites.plain_s.append(time.process_time() - started)
-    sites.integer_sum += slots
-    sites.weighted_sum += vector.astype(np.float64) * weight
-    sites.weight += weight
-    sites.up_bytes = max(sites.up_bytes, len(message))
-    return message
+def show_comparison(results: list[Result]) -> str:
+    """One column a scheme."""
+    lines = [f"{'':32}" + "".join(f"{SCHEMES[result['locks']]:>16}" for result in results)]
+    for name, label in COMPARED.items():
+        cells = [result[name] for result in results]
+        lines.append(f"{label:32}" + "".join(f"{_cell(value):>16}" for value in cells))
+    return "\n".join(lines)
 
 
-def check_sum(
-    answer: bytes, sites: Sites, *, key: SecretKey, layout: UpdateLayout, packing: Packing
-) -> dict[str, object]:
-    """Decrypt the sum as a site does, and compare it with the sum of the integers."""
-    from fedseek.he.keys import decrypt_slots
-
-    started = time.process_time()
-    (scoped,) = msgspec.msgpack.decode(answer, type=tuple[ScopedSum, ...])
-    decrypted = decrypt_slots(key, scoped.ciphertexts)
-    summed = decode_sum(decrypted, layout, packing=packing, value_range=VALUE_RANGE, weight_cap=WEIGHT_CAP)
-    seconds = time.process_time() - started
-    bound = quantiser_bound(
-        packing,
-        value_range=VALUE_RANGE,
-        contributors=summed.contributors,
-        weight=sites.weight,
-        weight_cap=WEIGHT_CAP,
-    )
-    error = float(np.abs(summed.mean - sites.weighted_sum / sites.weight).max())
-    equal = bool((decrypted[: sites.integer_sum.size] == sites.integer_sum).all())
-    return {
-        "decrypt_decode_s": round(seconds, 4),
-        "exact": equal and summed.weight == sites.weight,
-        "max_error": error,
-        "quantiser_bound": bound,
-        "within_bound": error <= bound,
-    }
+def show_growth(results: list[Result]) -> str:
+    """Each figure, and beside it how it grew: times the first one, and that over the growth of log2 n."""
+    first = results[0]
+    lines = [f"{'sites':24}" + "".join(f"{result['sites']:>26}" for result in results)]
+    for name in GROWING:
+        cells = []
+        for result in results:
+            times = result[name] / first[name]
+            of_log = times * math.log2(first["sites"]) / math.log2(result["sites"])
+            cells.append(f"{_cell(result[name])} x{times:.2f} /log {of_log:.2f}")
+        lines.append(f"{name:24}" + "".join(f"{cell:>26}" for cell in cells))
+    return "\n".join(lines)
 
 
-def measure(num_values: int, num_sites: int, *, value_bits: int, max_sites: int) -> dict[str, object]:
-    packing = choose_packing(value_bits, max_sites)
-    layout = UpdateLayout("global", (("lora_B", (num_values,)),), tuple(METRICS))
-    expected = {layout.scope: num_ciphertexts(layout, packing)}
-    near, far = multiprocessing.Pipe()
-    coordinator = multiprocessing.get_context("spawn").Process(target=run_coordinator, args=(far, packing, expected))
-    coordinator.start()
-    from fedseek.he.keys import SecretKey
-
-    key = SecretKey.generate(packing.params)
-    rng = np.random.default_rng(20260801)
-    sites = Sites(
-        integer_sum=np.zeros(num_slots(layout, packing), dtype=np.uint64),
-        weighted_sum=np.zeros(num_values, dtype=np.float64),
-        plain_sum=np.zeros(num_values, dtype=np.float32),
-    )
-    with tempfile.TemporaryDirectory() as directory:  # a pipe would put its own buffers into the coordinator's memory
-        for _ in range(num_sites):
-            path = Path(directory, "update.msgpack")
-            path.write_bytes(play_site(sites, rng, key=key, layout=layout, packing=packing))
-            near.send(str(path))
-            near.recv()
-    near.send("")
-    answer = near.recv_bytes()
-    report = msgspec.msgpack.decode(near.recv_bytes())
-    coordinator.join()
-    return {
-        "values": num_values,
-        "sites": num_sites,
-        "max_sites": max_sites,
-        "bits": value_bits,
-        "digits_per_slot": packing.digits_per_slot,
-        "up_bytes_per_value": round(sites.up_bytes / num_values, 4),
-        "down_bytes_per_value": round(len(answer) / num_values, 4),
-        "up_vs_float32": round(sites.up_bytes / (4 * num_values), 3),
-        "down_vs_float32": round(len(answer) / (4 * num_values), 3),
-        "encode_encrypt_s": round(statistics.median(sites.encode_s), 4),
-        "add_s_per_site": round(statistics.median(report["seconds"]), 4),
-        "finish_s": round(report["finish_s"], 4),
-        **check_sum(answer, sites, key=key, layout=layout, packing=packing),
-        "plain_add_s_per_site": round(statistics.median(sites.plain_s), 6),
-        "add_vs_plain": round(statistics.median(report["seconds"]) / statistics.median(sites.plain_s), 1),
-        "peak_rss_mb": round(peak_rss_mb(), 1),
-        "server_peak_rss_mb": round(report["rss_mb"], 1),
-    }
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.2e}" if isinstance(value, float) and 0 < value < 1e-4 else f"{value}"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Measure bytes, seconds and memory of the encrypted sum.",
-        epilog="example: %(prog)s --values 2200000 --sites 8 --bits 13 --json",
+        description="Measure bytes, seconds and memory of the secure sum.",
+        epilog="example: %(prog)s --values 2200000 --sites 8 --bits 13 --dropouts 2 --json",
     )
     parser.add_argument("--values", type=int, default=2_200_000, help="values in one update (default: %(default)s)")
-    parser.add_argument("--sites", type=int, default=8, help="sites that are summed (default: %(default)s)")
+    parser.add_argument("--sites", type=int, default=8, help="sites of the round (default: %(default)s)")
     parser.add_argument(
         "--max-sites",
         type=int,
         help="sites the packing leaves room for (default: --sites); hold it fixed to compare memory between cohorts",
     )
     parser.add_argument("--bits", type=int, default=13, help="bits of a quantised value (default: %(default)s)")
+    parser.add_argument("--locks", choices=LOCKS, default="both", help="what hides an update (default: %(default)s)")
+    parser.add_argument("--dropouts", type=int, default=0, help="sites that deal shares and then vanish")
+    parser.add_argument("--colluders", type=int, help="as in a plan (default: 1, or 0 of two sites)")
+    parser.add_argument("--dropout-fraction", type=float, default=0.1, help="as in a plan (default: %(default)s)")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--compare", action="store_true", help="all schemes in one run: no lock, one, both, CKKS")
+    modes.add_argument(
+        "--growth", action="store_true", help=f"both locks with {GROWTH_SITES} sites, one in 16 of them colluding"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    largest = max(GROWTH_SITES) if arguments.growth else arguments.sites
+    arguments.max_sites = largest if arguments.max_sites is None else arguments.max_sites
+    if arguments.values < 1 or arguments.sites < 2 or arguments.max_sites < largest:
+        parser.error("wanted --values of at least 1, --sites of at least 2, and --max-sites not below --sites")
+    if not 0 <= arguments.dropouts <= arguments.sites - 2:
+        parser.error("--dropouts: wanted two sites or more to stay")
+    return arguments
+
+
+def measure_all(arguments: argparse.Namespace) -> list[Result]:
+    """What the options ask for, one result a cohort or scheme."""
+    from workload import Workload
+
+    workload = Workload(
+        values=arguments.values,
+        sites=arguments.sites,
+        max_sites=arguments.max_sites,
+        bits=arguments.bits,
+        colluders=min(1, arguments.sites - 2) if arguments.colluders is None else arguments.colluders,
+        dropout_fraction=arguments.dropout_fraction,
+        dropouts=arguments.dropouts,
+    )
+    if arguments.growth:
+        cohorts = [replace(workload, sites=n, colluders=n // GROWTH_SITES_A_COLLUDER) for n in GROWTH_SITES]
+        return [measure(cohort, "both") for cohort in cohorts]
+    return [measure(workload, scheme) for scheme in (SCHEMES if arguments.compare else (arguments.locks,))]
 
 
 def main(argv: list[str] | None = None) -> int:
+    from fedseek.errors import FedseekError
+
     arguments = parse_arguments(argv)
-    max_sites = arguments.max_sites or arguments.sites
-    result = measure(arguments.values, arguments.sites, value_bits=arguments.bits, max_sites=max_sites)
+    try:
+        results = measure_all(arguments)
+    except FedseekError as error:  # a cohort that no plan allows, or too few survivors
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    mode = "compare" if arguments.compare else "growth" if arguments.growth else None
     if arguments.json:
-        print(json.dumps(result))
+        print(json.dumps({mode: results} if mode else results[0]))
     else:
-        for name, value in result.items():
-            print(f"{name:24} {value}")
-    return 0 if result["exact"] and result["within_bound"] else 1
+        print({"compare": show_comparison, "growth": show_growth}[mode](results) if mode else show(results[0]))
+    return 0 if all(is_right(result) for result in results) else 1
 
 
 if __name__ == "__main__":

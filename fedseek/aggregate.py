@@ -116,13 +116,20 @@ def merge(aggregate: Aggregate, other: Aggregate) -> None:
     other.contributors = dict.fromkeys(other.expected, 0)
 
 
-def agg_finish(aggregate: Aggregate, *, min_sites: int) -> tuple[ScopedSum, ...]:
+def agg_finish(aggregate: Aggregate, *, min_sites: int, scopes: Sequence[str] | None = None) -> tuple[ScopedSum, ...]:
     """Write the sum out, one entry a scope in the plan's order.
+
+    Args:
+        aggregate: the running sum.
+        min_sites: fewest sites of a scope that is written out.
+        scopes: the ones to write out; all of them by default.
 
     Raises:
         CohortTooSmall: a scope holds fewer than ``min_sites`` sites: its sum would say too much about each of them.
     """
-    for scope, contributors in aggregate.contributors.items():
+    chosen = [scope for scope in aggregate.expected if scopes is None or scope in scopes]
+    for scope in chosen:
+        contributors = aggregate.contributors[scope]
         if contributors < min_sites:
             raise CohortTooSmall(f"scope {scope!r}: {contributors} sites contributed; wanted at least {min_sites}")
     return tuple(
@@ -131,7 +138,7 @@ def agg_finish(aggregate: Aggregate, *, min_sites: int) -> tuple[ScopedSum, ...]
             contributors=aggregate.contributors[scope],
             ciphertexts=tuple(save_ciphertext(ciphertext) for ciphertext in aggregate.sums[scope]),
         )
-        for scope in aggregate.expected
+        for scope in chosen
     )
 
 

@@ -4,7 +4,9 @@ Run by a site, before encryption and after decryption. The update is multiplied 
 all sites share, rounded at random to ``value_bits`` bits, and packed. In front of the payload go header slots, one
 integer each:
 
-    contributors (1 a site) | weight | values saturated | one fixed-point number a metric | packed values ...
+    tags | contributors (1 a site) | weight | values saturated | one fixed-point number a metric | packed values ...
+
+The tags are left at zero here (``fedseek.tag`` fills them in), and zeros fill the last ciphertext.
 
 Everything adds exactly, so the decoded sum equals the integer sum; the only error is the rounding each site made
 (``quantiser_bound``). What is encoded has already been made private: saturation counts and rounding are
@@ -26,12 +28,13 @@ import numpy.typing as npt
 
 from fedseek.errors import Malformed
 from fedseek.he.packing import Packing, pack, unpack
+from fedseek.secagg.mac import NUM_TAGS
 
 Float32Vector = npt.NDArray[np.float32]
 Float64Vector = npt.NDArray[np.float64]
 Slots = npt.NDArray[np.uint64]
 
-# Header: contributors, weight, saturated.
+# Header, after the tags: contributors, weight, saturated.
 _NUM_COUNTS = 3
 
 # Metrics travel as round(value * 2^16): each site's rounding is off by at most 2^-17.
@@ -85,7 +88,7 @@ class UpdateLayout:
     @property
     def num_header_slots(self) -> int:
         """Slots in front of the packed values."""
-        return _NUM_COUNTS + len(self.metrics)
+        return NUM_TAGS + _NUM_COUNTS + len(self.metrics)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +113,7 @@ class SummedUpdate:
 
 
 def num_slots(layout: UpdateLayout, packing: Packing) -> int:
-    """Slots of one encoded update."""
+    """Slots of one encoded update, without what fills the last ciphertext."""
     return layout.num_header_slots + packing.num_slots(layout.num_values)
 
 
@@ -193,7 +196,7 @@ def encode_update(
         rng: draws for the rounding; by default seeded by the operating system.
 
     Returns:
-        Slots, shape (num_slots(layout, packing),).
+        Slots, shape (num_ciphertexts(layout, packing) * slots a ciphertext,).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -208,8 +211,11 @@ def encode_update(
         levels=_levels(packing),
         rng=rng or np.random.default_rng(),
     )
-    header = [1, weight, saturated, *_encode_metrics(metrics, layout, packing)]
-    return np.concatenate([np.array(header, dtype=np.uint64), pack(digits, packing)])
+    header = [*(0,) * NUM_TAGS, 1, weight, saturated, *_encode_metrics(metrics, layout, packing)]
+    slots = np.zeros(num_ciphertexts(layout, packing) * packing.params.slot_count, dtype=np.uint64)
+    slots[: len(header)] = header
+    slots[len(header) : num_slots(layout, packing)] = pack(digits, packing)
+    return slots
 
 
 def decode_sum(
@@ -230,7 +236,7 @@ def decode_sum(
     needed = num_slots(layout, packing)
     if slots.ndim != 1 or slots.size < needed:
         raise Malformed(f"sum of {layout.scope!r}: got slots of shape {slots.shape}; wanted at least {needed}")
-    header = [int(slot) for slot in slots[: layout.num_header_slots]]
+    header = [int(slot) for slot in slots[NUM_TAGS : layout.num_header_slots]]
     contributors, weight, saturated = header[:_NUM_COUNTS]
     _check_counts(header, layout, packing=packing, weight_cap=weight_cap)
     digits = unpack(slots[layout.num_header_slots : needed], layout.num_values, packing)

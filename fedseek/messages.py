@@ -1,15 +1,17 @@
 """The wire: what the coordinator asks and what a site answers, as strict, bounded, versioned MessagePack.
 
     coordinator asks          site answers
-    PlanOffer                 PlanAdmitted
-    KeyRequest                KeysSealed              (one site: makes the group key, seals it to each)
-    RoundRequest              UpdateReply             (exchange A of a round: last sum down, new update up)
-    CloseRequest              UpdateReply             (last sum down, held-back metrics up, encrypted)
+    PlanOffer                 PlanAdmitted       its round keys for two rounds; from one site, the sealed group key
+    KeyRequest                KeysSealed         (one site: a new group key, sealed to each)
+    ShareRequest              SharesSealed       Shamir shares of its secrets for a round, sealed to each holder
+    RoundRequest              UpdateReply        exchange A: last sum down, new update up, shares and keys to come
+    UnmaskRequest             SharesRevealed     exchange B: for each peer one of two shares
     ReleaseRequest            ReleaseApproved
-    any of them               Refused                 (a code and a rule; never a text that could name data)
+    any of them               Refused            a code and a rule; never a text that could name data
 
 Every message names its run. Decoding checks the size first, then types, bounds and unknown fields; a message of
-another version or kind is refused whole. What is inside a ciphertext is checked by the one who decrypts it.
+another version or kind is refused whole. What is inside a ciphertext is checked by the one who decrypts it. Sites are
+named by their position on the roster where many of them are listed.
 """
 
 from __future__ import annotations
@@ -25,25 +27,85 @@ from fedseek.identity.signing import join_fields
 WIRE_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 2 << 30
 MAX_SITES: Final = 1024
+# the two secrets that a site shares out
+MASK_KEY: Final = "mask-key"
+SELF_MASK: Final = "self-mask"
 
 RunId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 SiteName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Scope = Annotated[str, msgspec.Meta(min_length=1, max_length=80)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
-Round = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+Round = Annotated[int, msgspec.Meta(ge=1, le=10_003)]  # of training at most 10,000, then the closing round
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+PublicKey = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Share = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Box = Annotated[bytes, msgspec.Meta(max_length=4096)]
+Position = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SITES)]
+Positions = Annotated[tuple[Position, ...], msgspec.Meta(max_length=MAX_SITES)]
+Secret = Annotated[str, msgspec.Meta(min_length=1, max_length=16)]  # MASK_KEY or SELF_MASK
 Document = Annotated[bytes, msgspec.Meta(max_length=4 << 20)]
 Version = Annotated[int, msgspec.Meta(ge=WIRE_VERSION, le=WIRE_VERSION)]
 
 
+class RoundKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A site's two X25519 public keys for one round, signed by its identity together with run, plan and roster."""
+
+    site: SiteName
+    round: Round
+    mask_key: PublicKey
+    share_key: PublicKey
+    signature: Signature
+
+
+class SharesDealt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One site's secrets of a round, shared out: a sealed box for each holder, and what shows a false share.
+
+    Attributes:
+        boxes: by holder; the dealer's own shares stay at home.
+        share_digests: by holder (the dealer too) and secret: hash commitments to the shares.
+        secret_digests: by secret: hash commitments to the seeds themselves.
+        signature: of the dealer, over all of it.
+    """
+
+    round: Round
+    boxes: Annotated[dict[SiteName, Box], msgspec.Meta(max_length=MAX_SITES)]
+    share_digests: Annotated[dict[SiteName, dict[Secret, Digest]], msgspec.Meta(max_length=MAX_SITES)]
+    secret_digests: dict[Secret, Digest]
+    signature: Signature
+
+
+class AggregateDown(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a round ended: who is in it, and their sum, still encrypted, for the scopes of the receiving site.
+
+    No survivors: the round was given up, nothing was added. A head of whose sites one vanished has no sum.
+    """
+
+    round: Round
+    epoch: Epoch
+    survivors: Positions
+    sums: tuple[ScopedSum, ...]
+
+
+class GroupKeySealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The group key of an epoch: one envelope for each site of the roster, opaque to the coordinator."""
+
+    epoch: Epoch
+    envelopes: Annotated[dict[SiteName, Document], msgspec.Meta(max_length=MAX_SITES)]
+
+
 class PlanOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """Coordinator to every site: will you run this plan with these sites?"""
+    """Coordinator to a site: will you run this plan with these sites, from ``round`` on? Also asked of a site that
+    was away. ``make_key``: and make the group key of epoch 0.
+    """
 
     version: Version = WIRE_VERSION
     run: RunId
+    round: Round
     plan: Document
     roster: Document
+    make_key: bool
 
 
 class KeyRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -51,76 +113,144 @@ class KeyRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=Tr
 
     version: Version = WIRE_VERSION
     run: RunId
-    epoch: Count
+    epoch: Epoch
 
 
-class AggregateDown(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The sum of a round, still encrypted, for the scopes of the receiving site."""
+class ShareRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    """Coordinator to a site that enters at ``round``: the key list of that round. Deal your shares.
 
+    ``listed`` are all sites on the key list; ``keys`` those of the receiver's neighbours and of its kind.
+    """
+
+    version: Version = WIRE_VERSION
+    run: RunId
     round: Round
-    sums: tuple[ScopedSum, ...]
+    listed: Positions
+    keys: Annotated[tuple[RoundKeys, ...], msgspec.Meta(max_length=MAX_SITES)]
 
 
 class RoundRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """Coordinator to every site: apply the last sum, train, send an update. Round 1 carries the sealed group key."""
+    """Coordinator to every participant: apply the last sum, train, send an update.
+
+    After the plan's last round comes one more, the closing round: nothing is trained, the final metrics are sent.
+
+    Attributes:
+        previous: every round since the last one this site applied; usually one.
+        epoch: of the group key to encrypt under.
+        envelopes: by epoch, the group keys this site has not got yet, sealed to it.
+        participants: sites that dealt shares for this round: whom to mask with.
+        boxes: by dealer, the shares sealed to this site.
+        next_listed, next_keys: the key list of the next round, as in a ShareRequest; empty when there is none.
+    """
 
     version: Version = WIRE_VERSION
     run: RunId
     round: Round
-    envelope: Document | None = None
-    previous: AggregateDown | None = None
+    previous: Annotated[tuple[AggregateDown, ...], msgspec.Meta(max_length=10_001)]
+    epoch: Epoch
+    envelopes: dict[Epoch, Document]
+    participants: Positions
+    boxes: Annotated[dict[SiteName, Box], msgspec.Meta(max_length=MAX_SITES)]
+    next_listed: Positions
+    next_keys: Annotated[tuple[RoundKeys, ...], msgspec.Meta(max_length=MAX_SITES)]
 
 
-class CloseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """Coordinator to every site: apply the last sum; send the metrics of the final adapter, encrypted."""
+class UnmaskRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    """Coordinator to every survivor: these sites' updates arrived; reveal one share for each of your neighbours.
+
+    ``presence`` holds, of each neighbour that survived, its signature over what it masked with and started from.
+    """
 
     version: Version = WIRE_VERSION
     run: RunId
     round: Round
-    previous: AggregateDown
+    survivors: Positions
+    presence: Annotated[dict[SiteName, Signature], msgspec.Meta(max_length=MAX_SITES)]
 
 
 class ReleaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """Coordinator to every site: here is the sum of the final metrics; release the adapter."""
+    """Coordinator to every site: here is what you have not applied yet; release the adapter.
+
+    ``metrics`` is the closing round: its survivors and the sum of the final metrics.
+    """
 
     version: Version = WIRE_VERSION
     run: RunId
+    previous: Annotated[tuple[AggregateDown, ...], msgspec.Meta(max_length=10_001)]
     metrics: AggregateDown
+    envelopes: dict[Epoch, Document]
     send_adapter: bool
 
 
 class PlanAdmitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """The site runs the plan. Signed over run, plan digest and roster digest."""
-
-    version: Version = WIRE_VERSION
-    run: RunId
-    site: SiteName
-    model_sha256: Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
-    num_values: dict[Scope, Count]
-    ciphertexts: dict[Scope, Count]
-    signature: Signature
-
-
-class KeysSealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """One envelope for each site; opaque to the coordinator."""
-
-    version: Version = WIRE_VERSION
-    run: RunId
-    site: SiteName
-    epoch: Count
-    envelopes: Annotated[dict[SiteName, Document], msgspec.Meta(max_length=MAX_SITES)]
-
-
-class UpdateReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """A site's encrypted update of ``round``, and signed digests of the tensors it started the round from."""
+    """The site runs the plan. Signed over run, plan digest and roster digest; keys for ``round`` and the one after."""
 
     version: Version = WIRE_VERSION
     run: RunId
     site: SiteName
     round: Round
+    model_sha256: Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
+    num_values: dict[Scope, Count]
+    ciphertexts: dict[Scope, Count]
+    signature: Signature
+    keys: tuple[RoundKeys, RoundKeys]
+    group_key: GroupKeySealed | None
+
+
+class KeysSealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    """A new group key, sealed to each site."""
+
+    version: Version = WIRE_VERSION
+    run: RunId
+    site: SiteName
+    group_key: GroupKeySealed
+
+
+class SharesSealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    """The site's shares for the round it enters at."""
+
+    version: Version = WIRE_VERSION
+    run: RunId
+    site: SiteName
+    shares: SharesDealt
+
+
+class UpdateReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    """A site's masked and encrypted update, and what the coming rounds need of it.
+
+    Attributes:
+        digests: of the tensors it started the round from, signed by ``signature``.
+        presence: signature over the participants it masked with, the epoch, and the digest of the adapter.
+        shares: for the next round; none in the closing round.
+        keys: for the round after that; none when there is no such round.
+    """
+
+    version: Version = WIRE_VERSION
+    run: RunId
+    site: SiteName
+    round: Round
+    epoch: Epoch
     digests: dict[Scope, Digest]
     signature: Signature
+    presence: Signature
     update: tuple[ScopedCiphertexts, ...]
+    shares: SharesDealt | None
+    keys: RoundKeys | None
+
+
+class SharesRevealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    """For each neighbour that survived, a share of its self mask; for each that did not, one of its mask key.
+
+    Signed over run, round, participants and the survivors it answered for.
+    """
+
+    version: Version = WIRE_VERSION
+    run: RunId
+    site: SiteName
+    round: Round
+    self_masks: Annotated[dict[SiteName, Share], msgspec.Meta(max_length=MAX_SITES)]
+    mask_keys: Annotated[dict[SiteName, Share], msgspec.Meta(max_length=MAX_SITES)]
+    signature: Signature
 
 
 class ReleaseApproved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -145,8 +275,8 @@ class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True,
     rule: Annotated[str, msgspec.Meta(max_length=200)]
 
 
-Request = PlanOffer | KeyRequest | RoundRequest | CloseRequest | ReleaseRequest
-Reply = PlanAdmitted | KeysSealed | UpdateReply | ReleaseApproved | Refused
+Request = PlanOffer | KeyRequest | ShareRequest | RoundRequest | UnmaskRequest | ReleaseRequest
+Reply = PlanAdmitted | KeysSealed | SharesSealed | UpdateReply | SharesRevealed | ReleaseApproved | Refused
 _M = TypeVar("_M")
 
 _REQUESTS: Final[msgspec.msgpack.Decoder[Request]] = msgspec.msgpack.Decoder(Request)

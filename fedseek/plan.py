@@ -102,7 +102,7 @@ class PrivacySpec(_Section):
     mechanism: Literal["dp-sgd", "none"]
     epsilon: Annotated[float, Field(gt=0, le=50)] | None = None
     """At the end of the run, for every site. Above 50 the figure promises nothing."""
-    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    delta: Annotated[float, Field(gt=0, le=0.01)] | None = None
     """Must be below 1 / number of units of each site; each site checks that against its own data."""
     l2_clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """A unit's gradient is scaled down to this norm; dimensionless, over all trained values."""
@@ -113,13 +113,23 @@ class EncryptionSpec(_Section):
 
     value_bits: Annotated[int, Field(ge=2, le=24)] = 13
     """Bits of the stochastic quantiser."""
+    key_days: Annotated[int, Field(ge=1, le=90)] = 90
+    """Oldest group key a site encrypts under; days."""
 
 
 class CohortSpec(_Section):
-    """Who takes part and how much each counts."""
+    """Who takes part, whom nobody has to trust, and how much each counts."""
 
-    min_sites: Annotated[int, Field(ge=2)] = 2
+    min_sites: Annotated[int, Field(ge=2)] = 3
+    """Sites a run needs, and a round's sum: fewer, and the round is given up."""
     max_sites: Annotated[int, Field(ge=2, le=1024)]
+    colluders: Annotated[int, Field(ge=0)] = 1
+    """Sites that may tell the coordinator all they know, and still no update of an honest site is exposed."""
+    min_contributors: Annotated[int, Field(ge=2)] = 3
+    """Fewest sites in the sum of any scope; a kind with fewer keeps its head at home. Below colluders + 2, a colluder
+    of the kind can subtract its own head and be left with another's."""
+    dropout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Of more than 20 sites: how many may be missing from a round before it is given up. Fewer sites: see threshold."""
     weighting: Literal["equal", "records"] = "equal"
     record_cap: Annotated[int, Field(ge=1, le=100_000_000)] = 1
     """With ``records``: a site counts by its number of records, at most this many."""
@@ -273,6 +283,11 @@ def _inconsistencies(spec: PlanSpec) -> list[str]:
         problems.append(f"training: rounds x steps_per_round is {steps}, wanted at most {MAX_STEPS}")
     if spec.cohort.min_sites > spec.cohort.max_sites:
         problems.append(f"cohort: min_sites {spec.cohort.min_sites} is above max_sites {spec.cohort.max_sites}")
+    if spec.cohort.min_sites < spec.cohort.colluders + 2:
+        problems.append(
+            f"cohort: min_sites {spec.cohort.min_sites} with {spec.cohort.colluders} colluders leaves fewer than 2 honest "
+            f"sites in a sum; wanted min_sites of at least colluders + 2"
+        )
     private = spec.privacy.mechanism != "none"
     for field in ("epsilon", "delta"):
         given = getattr(spec.privacy, field) is not None

@@ -26,7 +26,8 @@ NOT_COVERED: Final = (
     "records held back for evaluation: their summed metrics are seen by the sites, without noise",
     "choices made by looking at the records before training: labels, prompts, settings",
     "the base model, which was trained elsewhere",
-    "a site that colludes with the coordinator: with one encryption layer it can read another site's noised update",
+    "noised updates where too few sites hide each other: in a sum of two sites each can subtract its own, and a round hides "
+    "less than planned if more sites work with the coordinator than the plan says",
 )
 
 

@@ -29,13 +29,18 @@ COLOURS = {
     "train": "#274c77",
     "evaluate": "#6f9bc9",
     "encode": "#7a4fa3",
+    "tag": "#9b6fc4",
+    "mask": "#8f2d56",
     "encrypt": "#b0467f",
+    "shares": "#d07fa8",
     "aggregate": "#d98b2b",
+    "unmask": "#a8641a",
     "decrypt": "#e4b363",
     "apply": "#8a9a5b",
     "epsilon": "#6b4fb3",
 }
-PHASES = ("train", "evaluate", "encode", "encrypt", "aggregate", "decrypt", "apply")
+PHASES = ("train", "evaluate", "encode", "tag", "mask", "encrypt", "shares", "aggregate", "unmask", "decrypt", "apply")
+COORDINATOR_PHASES = ("aggregate", "unmask")
 MAX_TURNS = 9  # more labelled rounds than this crowd a small chart
 
 _SETTINGS: dict[str, Any] = {

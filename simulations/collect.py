@@ -34,7 +34,8 @@ from simulations.summary import (
 )
 
 VERSIONED = ("fedseek", "flwr", "torch", "transformers", "peft", "opacus", "tenseal", "cryptography")
-PHASES = ("train", "encode", "encrypt", "decrypt", "apply", "evaluate")
+PHASES = ("train", "encode", "tag", "mask", "encrypt", "shares", "decrypt", "apply", "evaluate")
+ROUND_PHASES = ("round", "unmask")
 
 
 def collect_summary(folder: Path, scenario: Scenario, baselines: Baselines) -> Summary:
@@ -102,15 +103,15 @@ def last(events: Iterable[Event], name: str) -> Event:
 
 
 def _site_round(scenario: Scenario, site: str, kind: str, events: list[Event], number: int) -> SiteRound:
-    utility = next(event for event in events if event["event"] == "utility" and event["round"] == number)
+    utility = next((event for event in events if event["event"] == "utility" and event["round"] == number), None)
     work = next((event for event in events if event["event"] == "round" and event["round"] == number), None)
     applied = next((event for event in events if event["event"] == "applied" and event["round"] == number), None)
     seconds = work["seconds"] if work else {}
     return SiteRound(
         site=site,
-        utility=utility["utility"],
+        utility=utility["utility"] if utility else None,
         metric=scenario.plan.spec.kinds[kind].metric,
-        loss=utility["loss"],
+        loss=utility["loss"] if utility else None,
         epsilon=work["epsilon"] if work else (0.0 if scenario.plan.privacy else None),
         bytes_up=work["bytes_up"] if work else 0,
         bytes_down=applied["bytes_down"] if applied else 0,
@@ -124,7 +125,9 @@ def _utility_by_kind(scenario: Scenario, reports: Mapping[str, list[Event]], num
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for site in scenario.spec.sites:
         weight = last(reports[site.name], "data")["held_back_records"]
-        event = next(e for e in reports[site.name] if e["event"] == "utility" and e["round"] == number)
+        event = next((e for e in reports[site.name] if e["event"] == "utility" and e["round"] == number), None)
+        if event is None:  # away, or the round was given up
+            continue
         sums[site.kind][0] += weight * event["utility"]
         sums[site.kind][1] += weight
     return {kind: total / weight for kind, (total, weight) in sums.items()}
@@ -133,19 +136,20 @@ def _utility_by_kind(scenario: Scenario, reports: Mapping[str, list[Event]], num
 def _round_seconds(coordinator: list[Event], number: int) -> float:
     """Wall time of a round at the coordinator: from its requests until its sum is ready to be sent."""
     opened = [e["t"] for e in coordinator if e["event"] == "phase" and e["phase"] == "round" and e["round"] == number]
-    summed = [
-        e["t"] for e in coordinator if e["event"] == "aggregated" and e["phase"] == "round" and e["round"] == number
-    ]
-    return max(summed[0] - opened[0], 0.0) if opened and summed else 0.0
+    done = [e["t"] for e in coordinator if e["event"] in ("aggregated", "unmasked") and e["round"] == number]
+    return max(done[-1] - opened[0], 0.0) if opened and done else 0.0
+
+
+def _seconds_of(coordinator: list[Event], name: str, number: int) -> list[float]:
+    return [event["seconds"] for event in coordinator if event["event"] == name and event["round"] == number]
 
 
 def _coordinator_round(coordinator: list[Event], number: int) -> CoordinatorRound:
-    replies = [e for e in coordinator if e["event"] == "reply" and e["phase"] == "round" and e["round"] == number]
-    summed = next(
-        e for e in coordinator if e["event"] == "aggregated" and e["phase"] == "round" and e["round"] == number
-    )
+    replies = [e for e in coordinator if e["event"] == "reply" and e["round"] == number and e["phase"] in ROUND_PHASES]
     return CoordinatorRound(
-        aggregate_s=summed["seconds"],
+        aggregate_s=sum(_seconds_of(coordinator, "aggregated", number)),
+        unmask_s=sum(_seconds_of(coordinator, "unmasked", number)),
+        survivors=sum(event.get("answer") == "UpdateReply" for event in replies),
         bytes_in=sum(event["bytes_in"] for event in replies),
         bytes_out=sum(event["bytes_out"] for event in replies),
     )
@@ -200,6 +204,7 @@ def _totals(plan: Plan, coordinator: list[Event], rounds: list[Round], values: M
     sites = [site for entry in rounds for site in entry.sites]
     by_phase = {phase: sum(getattr(site.seconds, phase) for site in sites) for phase in PHASES}
     aggregate = sum(event["seconds"] for event in coordinator if event["event"] == "aggregated")
+    unmask = sum(event["seconds"] for event in coordinator if event["event"] == "unmasked")
     # plain FedAvg sends every value up as float32, every round
     plain = 4 * plan.spec.training.rounds * sum(sum(by_scope.values()) for by_scope in values.values())
     return Totals(
@@ -207,7 +212,7 @@ def _totals(plan: Plan, coordinator: list[Event], rounds: list[Round], values: M
         bytes_up=sum(site.bytes_up for site in sites),
         bytes_down=sum(site.bytes_down for site in sites),
         plain_float32_bytes=plain,
-        phase_seconds=PhaseTotals(aggregate=aggregate, **by_phase),
+        phase_seconds=PhaseTotals(aggregate=aggregate, unmask=unmask, **by_phase),
     )
 
 

@@ -56,8 +56,9 @@ def play(run_folder: Path, scratch: Path) -> None:
     workers = min(scenario.spec.simulation.workers, sites, os.cpu_count() or 1)
     start_ray(scratch, workers)
     try:
-        hosts = start_hosts(run_folder, workers)
+        hosts = start_hosts(run_folder, scratch, workers)
         roster = Roster.of(entry for entries in ray.get([host.enrol.remote() for host in hosts]) for entry in entries)
+        ray.get([host.trust.remote(roster.canonical_bytes()) for host in hosts])
         coordinator = Coordinator(scenario.plan, roster, run=run_folder.name, observe=log.write)
 
         def finish(done: Coordinator) -> None:

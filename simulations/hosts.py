@@ -23,10 +23,11 @@ from simulations.events import EventLog, site_log
 class SiteHost:
     """Serves every ``stride``-th site of a scenario, starting from ``first``; lives in a Ray actor's process."""
 
-    def __init__(self, run_folder: str, *, first: int, stride: int) -> None:
+    def __init__(self, run_folder: str, scratch: str, *, first: int, stride: int) -> None:
         import torch
 
         from fedseek.identity.keys import SiteIdentity
+        from fedseek.identity.vault import StorageKey
         from fedseek_site.service import SiteService
         from simulations.run_folder import open_scenario, synthetic_folder
         from simulations.scenario import read_site_data
@@ -36,6 +37,7 @@ class SiteHost:
         logging.basicConfig(filename=folder / f"{host_name(first)}.log", level=logging.WARNING, encoding="utf-8")
         scenario = open_scenario(folder)
         self._services: dict[int, SiteService] = {}
+        self._away: dict[int, frozenset[int]] = {}
         for index in range(first, len(scenario.spec.sites), stride):
             site = scenario.spec.sites[index]
             log = EventLog(site_log(folder, site.name))
@@ -48,9 +50,13 @@ class SiteHost:
                     "units": data.train.num_units,
                 }
             )
+            self._away[index] = frozenset(site.away)
             self._services[index] = SiteService(
                 SiteIdentity.generate(site.name, site.kind),
                 data,
+                roster=None,
+                state_folder=Path(scratch) / "sites" / site.name,
+                storage_key=StorageKey.generate(),  # never written down: with the run, its secrets are gone
                 release_folder=folder / "sites" / site.name / "release",
                 observe=log.write,
             )
@@ -59,8 +65,24 @@ class SiteHost:
         """The public roster entries of this host's sites."""
         return [service.identity.public() for service in self._services.values()]
 
+    def trust(self, roster: bytes) -> None:
+        """What people do when they have compared fingerprints: tell each site of this host the roster."""
+        from fedseek.identity.roster import parse_roster
+
+        for service in self._services.values():
+            service.trust(parse_roster(roster))
+
     def handle(self, index: int, request: bytes) -> bytes:
-        """Give a request to the site with this index."""
+        """Give a request to the site with this index.
+
+        Raises:
+            ConnectionError: the scenario has the site away in this round.
+        """
+        from fedseek.messages import RoundRequest, decode_request
+
+        message = decode_request(request)
+        if isinstance(message, RoundRequest) and message.round in self._away[index]:
+            raise ConnectionError(f"away in round {message.round}")
         return self._services[index].handle(request)
 
     def peak_rss_mb(self) -> float:
@@ -75,8 +97,10 @@ def host_name(index: int) -> str:
     return f"site-host-{index}"
 
 
-def start_hosts(run_folder: Path, count: int) -> list[Any]:
+def start_hosts(run_folder: Path, scratch: Path, count: int) -> list[Any]:
     """Start ``count`` host processes; returns their actor handles once every site has read its data.
+
+    ``scratch`` takes the sites' journals, which the caller removes after the run.
 
     Raises:
         ray.exceptions.RayError: a site could not be set up; the cause is the site's own error.
@@ -84,7 +108,7 @@ def start_hosts(run_folder: Path, count: int) -> list[Any]:
     remote = ray.remote(SiteHost)
     return [
         remote.options(name=host_name(index), num_cpus=0, max_concurrency=1).remote(
-            str(run_folder), first=index, stride=count
+            str(run_folder), str(scratch), first=index, stride=count
         )
         for index in range(count)
     ]

@@ -55,7 +55,9 @@ class RunDisplay:
         words = {
             "plan": "sites check the plan",
             "key": "one site makes the group key and seals it to the others",
-            "round": f"round {event['round']} of {self._rounds}: apply, train, encrypt, add",
+            "shares": "sites share out the secrets of their masks",
+            "round": f"round {event['round']} of {self._rounds}: apply, train, mask, encrypt, add",
+            "unmask": f"round {event['round']} of {self._rounds}: take the mask off the sum",
             "close": "sites apply the last sum and evaluate",
             "release": "sites approve the release",
         }[event["phase"]]

@@ -1,62 +1,39 @@
-"""The protocol as code: one round, all parties in one process, no network.
+"""The protocol as code: one round with both locks, all parties in one process, no network.
 
-Steps and their numbers are those of the design (docs/protocol.md). What crosses from one party to another is bytes, and
-the coordinator's part of ``run_round`` touches nothing else.
+Steps and their numbers are those of the design (docs/protocol.md). What crosses from one party to another goes through
+``Wire.carry`` as bytes; the coordinator's part of ``run_round`` touches nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from fedseek.aggregate import agg_finish, agg_init, agg_update
-from fedseek.decrypt import apply_mean, decrypt_sum
-from fedseek.encode import (
-    Float32Vector,
-    Float64Vector,
-    Slots,
-    SummedUpdate,
-    UpdateLayout,
-    encode_update,
-    next_value_range,
-    num_ciphertexts,
-    unflatten,
-)
+from fedseek.apply import ScopeState, apply_sums
+from fedseek.cohort import Federation, RoundGraph, presence_message, round_graph
+from fedseek.deal import RoundSecrets, advertise, check_dealt, check_keys, deal_shares, draw_secrets, open_box
+from fedseek.decrypt import decrypt_sum
+from fedseek.encode import Float32Vector, Slots, SummedUpdate, encode_update, num_ciphertexts
 from fedseek.encrypt import encrypt_update
 from fedseek.errors import AdapterDiverged
-from fedseek.he.ciphertext import ScopedCiphertexts, ScopedSum
-from fedseek.he.keys import SecretKey
+from fedseek.groupkey import GroupKey, make_group_key, open_group_key
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster
-from fedseek.identity.sealing import SealedKey, open_sealed, seal
-from fedseek.identity.signing import CONTEXT_ADAPTER, CONTEXT_PLAN, join_fields, sign, verify
-from fedseek.lora.digest import tensors_digest
-from fedseek.messages import digest_message
-from fedseek.plan import Plan
+from fedseek.identity.signing import CONTEXT_ADAPTER, CONTEXT_PLAN, CONTEXT_PRESENCE, sign, verify
+from fedseek.mask import mask_slots
+from fedseek.messages import AggregateDown, RoundKeys, UnmaskRequest, UpdateReply, digest_message
+from fedseek.plan import GLOBAL_SCOPE, Plan
+from fedseek.reveal import reveal_shares
+from fedseek.tag import add_tags, tag_key
+from fedseek.unmask import RoundRecord, check_revealed, unmask_sum
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ScopeState:
-    """What every member of a scope holds between rounds, the same at all of them.
-
-    Attributes:
-        layout: names and shapes of the tensors.
-        weights: float32, shape (num_values,).
-        momentum: of the server step, float64, shape (num_values,).
-        value_range: C of the quantiser.
-    """
-
-    layout: UpdateLayout
-    weights: Float32Vector = field(repr=False)
-    momentum: Float64Vector = field(repr=False)
-    value_range: float
-
-    def digest(self) -> bytes:
-        """What a site signs about these tensors, 32 bytes."""
-        return tensors_digest(unflatten(self.weights, self.layout))
+_M = TypeVar("_M", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,86 +65,157 @@ class AfterRound:
         scopes: what it holds now, the sums applied.
         summed: what the sums said.
         digests: of what it holds now, as it signed them; 32 bytes each.
-        bytes_up: its encrypted update.
-        bytes_down: the encrypted sums it got.
     """
 
     scopes: Mapping[str, ScopeState]
     summed: Mapping[str, SummedUpdate] = field(repr=False)
     digests: Mapping[str, bytes]
-    bytes_up: int
-    bytes_down: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoundOutcome:
-    """Every site by name, and all that the coordinator carried: envelopes, updates, sums."""
+    """Every site by name, and all that the coordinator carried, in order."""
 
     sites: Mapping[str, AfterRound]
     carried: Sequence[bytes] = field(repr=False)
 
 
-def run_round(plan: Plan, sites: Sequence[Participant], *, run: str, number: int) -> RoundOutcome:
-    """Play round ``number``, from the plan to the applied sum.
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What stands for the network: every message crosses as bytes, and the coordinator sees all of them."""
 
-    Masks and tags are not in this release: mask keys and their shares (steps 3, 4) will stand before training, mask and
-    tag between encode and encrypt, and unmasking (step 6) between the coordinator's sum and the sites' decryption.
+    carried: list[bytes] = field(default_factory=list, repr=False)
+
+    def carry(self, message: _M) -> _M:
+        """The message as the other side reads it."""
+        self.carried.append(msgspec.msgpack.encode(message))
+        return msgspec.msgpack.decode(self.carried[-1], type=type(message))
+
+
+def run_round(
+    plan: Plan, sites: Sequence[Participant], *, run: str, number: int, vanish: Collection[str] = ()
+) -> RoundOutcome:
+    """Play round ``number``, from the plan to the applied sum; sites in ``vanish`` deal shares and send no update.
 
     Raises:
         FedseekError: a party did not follow the protocol; the text says which and how.
     """
-    members = {site.identity.name: site for site in sites}
-    roster, params = Roster.of(site.identity.public() for site in sites), plan.packing.params
+    wire, members = Wire(), {site.identity.name: site for site in sites}
+    roster = Roster.of(site.identity.public() for site in sites)
+    federation, present = Federation.of(run, plan, roster), [name for name in members if name not in vanish]
 
     # 1. Plan. Each site signs what it admits: this run of this plan with exactly these sites.
-    admitted = join_fields(run.encode(), plan.digest.encode(), roster.digest())
     for name, site in members.items():
-        verify(roster.entry(name), CONTEXT_PLAN, admitted, sign(site.identity, CONTEXT_PLAN, admitted))
+        verify(
+            roster.entry(name), CONTEXT_PLAN, federation.bind(), sign(site.identity, CONTEXT_PLAN, federation.bind())
+        )
 
-    # 2. Group key. One site generates the BFV secret key for the epoch (here each round is one) and seals it to each
-    #    member with HPKE; the coordinator carries envelopes that it cannot open.
-    maker, secret = members[roster.names[0]].identity, SecretKey.generate(params).to_bytes()
-    envelopes, keys = {}, {}
-    for entry in roster.entries:
-        sealed = seal(secret, sender=maker, receiver=entry, roster=roster, run=run, epoch=number)
-        envelopes[entry.name] = msgspec.msgpack.encode(sealed)
-    for name, site in members.items():
-        received = msgspec.msgpack.decode(envelopes[name], type=SealedKey)
-        opened = open_sealed(received, receiver=site.identity, roster=roster, run=run, epoch=number)
-        keys[name] = SecretKey.from_bytes(params, opened)
-
-    # 5. Train and submit. Training gave the updates. Each site quantises and packs its own, encrypts it, uploads it.
-    uploads = {}
-    for name, site in members.items():
-        uploads[name] = msgspec.msgpack.encode(encrypt_update(keys[name], encode_scopes(plan, site)))
-
-    # The coordinator adds ciphertexts and learns nothing; each scope is summed only over its members.
-    layouts = {scope: state.layout for site in sites for scope, state in site.scopes.items()}
-    expected = {scope: num_ciphertexts(layout, plan.packing) for scope, layout in layouts.items()}
-    aggregate = agg_init(params, expected, max_sites=plan.packing.max_sites)
-    for upload in uploads.values():
-        agg_update(aggregate, msgspec.msgpack.decode(upload, type=tuple[ScopedCiphertexts, ...]))
-    sums = agg_finish(aggregate, min_sites=plan.spec.cohort.min_sites)
-    downloads = {
-        name: msgspec.msgpack.encode(tuple(each for each in sums if each.scope in site.scopes))
+    # 2. Group key. One site makes the key of the epoch (here each round is one) and seals it to each.
+    maker = members[roster.names[0]].identity
+    sealed = wire.carry(make_group_key(federation, number, identity=maker, now=time.time()))
+    group_keys = {
+        name: open_group_key(sealed.envelopes[name], federation, number, identity=site.identity)
         for name, site in members.items()
     }
 
-    # 7. Apply. Sites decrypt, check how many sites the sum holds, divide, apply, and sign the digest of what they now
-    #    hold; a digest that differs stops the run and names the site.
-    after: dict[str, AfterRound] = {}
-    agreed: dict[str, bytes] = {}
+    # 3. Keys. Fresh ones for the round, signed by each site's identity, checked against the roster.
+    secrets = {name: draw_secrets() for name in members}
+    keys = {
+        name: wire.carry(advertise(secrets[name], federation, number, identity=site.identity))
+        for name, site in members.items()
+    }
+    for each in keys.values():
+        check_keys(each, federation, number)
+
+    # 4. Shares. Each site shares its secrets out to its neighbours, in boxes the coordinator cannot open.
+    graph = round_graph(federation, number, roster.names)
+    dealt, held = {}, {name: {} for name in members}
     for name, site in members.items():
-        received_sums = msgspec.msgpack.decode(downloads[name], type=tuple[ScopedSum, ...])
-        scopes, summed = apply_sums(plan, site, keys[name], received_sums)
-        digests = {scope: state.digest() for scope, state in scopes.items()}
-        signed = digest_message(run, number, digests)
-        verify(roster.entry(name), CONTEXT_ADAPTER, signed, sign(site.identity, CONTEXT_ADAPTER, signed))
-        for scope, digest in digests.items():
+        shares, held[name][name] = deal_shares(secrets[name], keys, federation, graph, identity=site.identity)
+        dealt[name] = wire.carry(shares)
+        check_dealt(dealt[name], federation, graph, dealer=name)
+    for name in members:
+        for dealer in graph.neighbours[name]:
+            box = dealt[dealer].boxes[name]
+            held[name][dealer] = open_box(box, secrets[name], keys[dealer], federation, receiver=keys[name])
+
+    # 5. Train and submit. Training gave the updates: quantised, packed, tagged, masked, encrypted. The coordinator adds.
+    aggregate = agg_init(plan.packing.params, ciphertexts_of(plan, sites), max_sites=plan.packing.max_sites)
+    presence = {}
+    for name in present:
+        reply = wire.carry(submit(federation, members[name], graph, secrets[name], keys, group_keys[name]))
+        presence[name] = reply.presence
+        agg_update(aggregate, reply.update)
+
+    # 6. Unmask. Each survivor reveals one share for each neighbour, and the mask of the sum comes off under encryption.
+    record = RoundRecord(graph, keys, dealt, participants=roster.names, survivors=present)
+    asked = UnmaskRequest(run=run, round=number, survivors=federation.positions(present), presence=presence)
+    revealed = {}
+    for name in present:
+        vouched, me = vouched_by(federation, graph, members[name]), members[name].identity
+        answer = reveal_shares(
+            wire.carry(asked), held[name], federation, graph, participants=roster.names, vouched=vouched, identity=me
+        )
+        revealed[name] = check_revealed(wire.carry(answer), record, federation)
+    unmask_sum(aggregate, revealed, record, federation)
+    opened = federation.open_scopes(roster.names, present)
+    sums = agg_finish(aggregate, min_sites=plan.spec.cohort.min_contributors, scopes=list(opened))
+
+    # 7. Apply. Sites decrypt, verify tags and counts, apply, and sign the digest of what they now hold.
+    after, agreed = {}, {}
+    for name, site in members.items():
+        mine = tuple(each for each in sums if each.scope in site.scopes)
+        down = AggregateDown(round=number, epoch=number, survivors=asked.survivors, sums=mine)
+        after[name] = apply_down(federation, site, group_keys[name], wire.carry(down))
+        for scope, digest in after[name].digests.items():
             if agreed.setdefault(scope, digest) != digest:
                 raise AdapterDiverged(f"round {number}: site {name!r} holds other values of {scope!r}")
-        after[name] = AfterRound(scopes, summed, digests, len(uploads[name]), len(downloads[name]))
-    return RoundOutcome(after, (*envelopes.values(), *uploads.values(), *downloads.values()))
+    return RoundOutcome(after, wire.carried)
+
+
+def ciphertexts_of(plan: Plan, sites: Sequence[Participant]) -> dict[str, int]:
+    """How many ciphertexts an update has in each scope; sites announce it when they admit a plan."""
+    layouts = {scope: state.layout for site in sites for scope, state in site.scopes.items()}
+    return {scope: num_ciphertexts(layout, plan.packing) for scope, layout in layouts.items()}
+
+
+def submit(
+    federation: Federation,
+    site: Participant,
+    graph: RoundGraph,
+    secrets: RoundSecrets,
+    keys: Mapping[str, RoundKeys],
+    group_key: GroupKey,
+) -> UpdateReply:
+    """A site's update on its way out: encode, tag, mask, encrypt; and its word on whom it masked with."""
+    identity, number, plan = site.identity, graph.number, federation.plan
+    modulus = plan.packing.params.plain_modulus
+    tagged = {
+        scope: add_tags(
+            slots, tag_key(group_key.secret, federation, number, scope), site=identity.name, modulus=modulus
+        )
+        for scope, slots in encode_scopes(plan, site).items()
+    }
+    masked = mask_slots(tagged, secrets, keys, federation, graph, participants=graph.listed, me=identity.name)
+    digests = {scope: state.digest() for scope, state in site.scopes.items()}
+    return UpdateReply(
+        run=federation.run,
+        site=identity.name,
+        round=number,
+        epoch=group_key.epoch,
+        digests=digests,
+        signature=sign(identity, CONTEXT_ADAPTER, digest_message(federation.run, number, digests)),
+        presence=sign(identity, CONTEXT_PRESENCE, vouched_by(federation, graph, site)),
+        update=encrypt_update(group_key.secret, masked),
+        shares=None,
+        keys=None,
+    )
+
+
+def vouched_by(federation: Federation, graph: RoundGraph, site: Participant) -> bytes:
+    """What a site signs with its update: whom it masks with, under which epoch, and from which adapter it starts."""
+    digest = site.scopes[GLOBAL_SCOPE].digest()
+    return presence_message(federation, graph, graph.listed, epoch=graph.number, digest=digest)
 
 
 def encode_scopes(plan: Plan, site: Participant) -> dict[str, Slots]:
@@ -187,27 +235,22 @@ def encode_scopes(plan: Plan, site: Participant) -> dict[str, Slots]:
     }
 
 
-def apply_sums(
-    plan: Plan, site: Participant, key: SecretKey, sums: Sequence[ScopedSum]
-) -> tuple[dict[str, ScopeState], dict[str, SummedUpdate]]:
-    """Decrypt and check the sums, and take the server's step in every scope; run by each site for itself."""
+def apply_down(federation: Federation, site: Participant, group_key: GroupKey, down: AggregateDown) -> AfterRound:
+    """Decrypt and verify the sums, and take the server's step in every scope; run by each site for itself."""
+    members = federation.open_scopes(federation.roster.names, federation.names(down.survivors))
+    states = {scope: state for scope, state in site.scopes.items() if scope in members}
     summed = decrypt_sum(
-        key,
-        sums,
-        layouts={scope: state.layout for scope, state in site.scopes.items()},
-        packing=plan.packing,
-        value_ranges={scope: state.value_range for scope, state in site.scopes.items()},
-        weight_cap=plan.weight_cap,
+        group_key.secret,
+        down.sums,
+        federation=federation,
+        number=down.round,
+        survivors=members,
+        layouts={scope: state.layout for scope, state in states.items()},
+        value_ranges={scope: state.value_range for scope, state in states.items()},
     )
-    scopes = {}
-    for scope, state in site.scopes.items():
-        weights, momentum = apply_mean(
-            state.weights,
-            summed[scope].mean,
-            state.momentum,
-            learning_rate=plan.spec.training.server_learning_rate,
-            momentum_factor=plan.spec.training.server_momentum,
-        )
-        next_range = next_value_range(summed[scope], state.value_range)
-        scopes[scope] = ScopeState(state.layout, weights, momentum, next_range)
-    return scopes, summed
+    scopes = apply_sums(site.scopes, summed, federation.plan)
+    digests = {scope: state.digest() for scope, state in scopes.items()}
+    signed = digest_message(federation.run, down.round + 1, digests)
+    entry = federation.roster.entry(site.identity.name)
+    verify(entry, CONTEXT_ADAPTER, signed, sign(site.identity, CONTEXT_ADAPTER, signed))
+    return AfterRound(scopes, summed, digests)

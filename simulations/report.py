@@ -13,7 +13,7 @@ from statistics import fmean
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedseek.release import NOT_COVERED
-from simulations.charts import PHASES, lines_by_round, plain_bars, stacked_bars
+from simulations.charts import COORDINATOR_PHASES, PHASES, lines_by_round, plain_bars, stacked_bars
 from simulations.summary import (
     Encryption,
     Privacy,
@@ -166,7 +166,8 @@ def _epsilon_chart(summary: Summary) -> Chart | None:
 
 def _time_chart(summary: Summary) -> Chart:
     bars = [(site.display_name, _seconds_by_phase(summary, site.name)) for site in summary.sites]
-    bars.append(("coordinator", {"aggregate": summary.totals.phase_seconds.aggregate}))
+    totals = summary.totals.phase_seconds
+    bars.append(("coordinator", {"aggregate": totals.aggregate, "unmask": totals.unmask}))
     words = [(name, parts, _duration(sum(parts.values()))) for name, parts in bars]
     caption = "Seconds in each step, added over all rounds"
     header = ("party", *PHASES)
@@ -254,7 +255,11 @@ def _by_round(summary: Summary, site: str, field: str) -> list[float | None]:
 
 def _seconds_by_phase(summary: Summary, site: str) -> dict[str, float]:
     entries = [entry for turn in summary.rounds for entry in turn.sites if entry.site == site]
-    return {name: sum(getattr(entry.seconds, name) for entry in entries) for name in PHASES if name != "aggregate"}
+    return {
+        name: sum(getattr(entry.seconds, name) for entry in entries)
+        for name in PHASES
+        if name not in COORDINATOR_PHASES
+    }
 
 
 def _round_table(series: Sequence[tuple[str, Sequence[float | None]]]) -> Table:

@@ -25,7 +25,7 @@ from fedseek.errors import InvalidPlan, InvalidRecords, Malformed
 from fedseek.identity.roster import check_name
 from fedseek.plan import Plan, check_plan, describe_problems, parse_spec, read_toml
 from fedseek.records import Columns, Records, Row, read_rows, to_records
-from fedseek_site.admission import MIN_SITES_OF_KIND, SiteData
+from fedseek_site.admission import SiteData
 
 DATA_VARIABLE, SYNTHETIC_VARIABLE = "FEDSEEK_DATA", "SYNTHETIC"
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -60,6 +60,8 @@ class SiteSpec(_Table):
     held_back_part: Part | None = None
     max_records: Annotated[int, Field(ge=1)] | None = None
     max_held_back: Annotated[int, Field(ge=1)] | None = None
+    away: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Rounds in which this site does not answer, to see how the others go on."""
 
 
 class SimulationSpec(_Table):
@@ -140,9 +142,6 @@ def _inconsistencies(spec: ScenarioSpec, plan: Plan) -> list[str]:
             f"sites: got {len(names)}, wanted {cohort.min_sites} to {cohort.max_sites} (plan.cohort); "
             "more sites than the packing allows would overflow the encrypted sum"
         )
-    for kind in sorted({site.kind for site in spec.sites}):
-        if sum(site.kind == kind for site in spec.sites) < MIN_SITES_OF_KIND:
-            problems.append(f"sites: only one of kind {kind!r}, wanted at least {MIN_SITES_OF_KIND} to share its head")
     for site in spec.sites:
         if site.kind not in plan.spec.kinds:
             problems.append(f"sites.{site.name}: kind {site.kind!r} has no task in plan.kinds")

@@ -92,16 +92,20 @@ class SitePhases(Part):
 
     train: Seconds
     encode: Seconds
+    tag: Seconds
+    mask: Seconds
     encrypt: Seconds
+    shares: Seconds
     decrypt: Seconds
     apply: Seconds
     evaluate: Seconds
 
 
 class PhaseTotals(SitePhases):
-    """Seconds in each step, added over all sites and rounds; ``aggregate`` is the coordinator's."""
+    """Seconds in each step, added over all sites and rounds; ``aggregate`` and ``unmask`` are the coordinator's."""
 
     aggregate: Seconds
+    unmask: Seconds
 
 
 class SiteRound(Part):
@@ -122,6 +126,8 @@ class CoordinatorRound(Part):
     """The coordinator in one round."""
 
     aggregate_s: Seconds
+    unmask_s: Seconds
+    survivors: Count
     bytes_in: Count
     bytes_out: Count
 

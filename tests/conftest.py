@@ -95,7 +95,7 @@ def tiny_plan_document(tiny_model: Path) -> Callable[..., dict[str, Any]]:
                 "head_learning_rate": 0.05,
             },
             "privacy": {"mechanism": "dp-sgd", "epsilon": 8.0, "delta": 1e-3} if private else {"mechanism": "none"},
-            "cohort": {"max_sites": 4},
+            "cohort": {"max_sites": 4, "min_contributors": 2},
         }
         for key, value in changes.items():
             document[key] = {**document[key], **value} if isinstance(value, dict) and key in document else value
@@ -202,24 +202,50 @@ class Cohort:
     services: dict[int, Any]
     folder: Path
     events: dict[str, list[dict[str, Any]]]
+    reopen: Callable[[Any], Any]
     seen: list[bytes] = field(default_factory=list)
 
     def site(self, name: str) -> Any:
         return next(service for service in self.services.values() if service.identity.name == name)
 
-    def play(self, *, request: Alter | None = None, reply: Alter | None = None, until: tuple[str, int] | None = None):
-        """Play the run; ``request`` and ``reply`` may alter messages on their way. Stops before phase ``until``."""
-        for exchange in self.coordinator.play(list(self.services)):
+    def restart(self, name: str) -> None:
+        """Forget everything that this site's process had in memory; its folder is all that is left."""
+        node = next(node for node, service in self.services.items() if service.identity.name == name)
+        self.services[node] = self.reopen(self.services[node])
+
+    def play(
+        self,
+        *,
+        request: Alter | None = None,
+        reply: Alter | None = None,
+        away: Callable[[str, int, str], bool] = lambda phase, number, site: False,
+        until: tuple[str, int] | None = None,
+    ):
+        """Play the run, as the Flower driver does: a reply that is refused counts as none.
+
+        ``request`` and ``reply`` may alter messages on their way; what ``reply`` turns into ``b""`` is lost. A site that
+        is ``away`` in a phase is not reached. Stops before phase ``until`` and returns its exchange.
+        """
+        from fedseek.errors import CustodyError, MessageError
+
+        for exchange in self.coordinator.play(lambda: list(self.services)):
             phase, number = exchange.phase, exchange.round
             if (phase, number) == until:
                 return exchange
             for node, asked in exchange.requests.items():
                 name = self.services[node].identity.name
+                if away(phase, number, name):
+                    continue
                 sent = request(phase, number, name, asked) if request else asked
                 answer = self.services[node].handle(sent)
                 got = reply(phase, number, name, answer) if reply else answer
                 self.seen += [asked, got]
-                self.coordinator.receive(node, got)
+                if got == b"":
+                    continue
+                try:
+                    self.coordinator.receive(node, got)
+                except (MessageError, CustodyError) as error:
+                    self.coordinator.reject(node, error)
         return None
 
 
@@ -228,23 +254,42 @@ def make_cohort(tiny_plan: Callable[..., Any], tiny_data: Callable[..., Any], tm
     """A fresh cohort; takes what ``tiny_plan`` takes, or ``plan=``, and ``data=`` to replace a site's data."""
     from fedseek.identity.keys import SiteIdentity
     from fedseek.identity.roster import Roster
+    from fedseek.identity.vault import StorageKey
     from fedseek_server.coordinator import Coordinator
     from fedseek_site.service import SiteService
 
-    def make(*, plan: Any = None, data: dict[str, Any] | None = None, run: str = RUN, **changes: Any) -> Cohort:
-        events: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in SITES}
-        services = {
-            100 + number: SiteService(
-                SiteIdentity.generate(name, kind),
-                (data or {}).get(name) or tiny_data(kind),
+    def make(
+        *,
+        plan: Any = None,
+        data: dict[str, Any] | None = None,
+        run: str = RUN,
+        sites: tuple[tuple[str, str], ...] = SITES,
+        **changes: Any,
+    ) -> Cohort:
+        events: dict[str, list[dict[str, Any]]] = {name: [] for name, _ in sites}
+        identities = {name: SiteIdentity.generate(name, kind) for name, kind in sites}
+        roster = Roster.of(identity.public() for identity in identities.values())
+        storage_key = StorageKey.generate()
+
+        def open_service(identity: Any) -> Any:
+            name = identity.name
+            return SiteService(
+                identity,
+                (data or {}).get(name) or tiny_data(identity.kind),
+                roster=roster,
+                state_folder=tmp_path / name / "state",
+                storage_key=storage_key,
                 release_folder=tmp_path / name / "release",
                 observe=events[name].append,
             )
-            for number, (name, kind) in enumerate(SITES)
-        }
-        roster = Roster.of(service.identity.public() for service in services.values())
+
+        def reopen(service: Any) -> Any:
+            service.close()
+            return open_service(service.identity)
+
+        services = {100 + number: open_service(identity) for number, identity in enumerate(identities.values())}
         told: list[dict[str, Any]] = []
         coordinator = Coordinator(plan or tiny_plan(**changes), roster, run=run, observe=told.append)
-        return Cohort(coordinator, services, tmp_path, {**events, "coordinator": told})
+        return Cohort(coordinator, services, tmp_path, {**events, "coordinator": told}, reopen)
 
     return make

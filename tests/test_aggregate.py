@@ -124,3 +124,17 @@ def test_sum_of_too_few_sites_is_not_handed_out():
     aggregate = fold([UPDATES[0], only_global])
     with pytest.raises(CohortTooSmall, match="'bank': 1 sites"):
         agg_finish(aggregate, min_sites=2)
+
+
+def test_only_the_scopes_asked_for_are_written_out_and_counted():
+    only_global = [each for each in UPDATES[1] if each.scope == "global"]
+    aggregate = fold([UPDATES[0], only_global])
+    (sum_of_global,) = agg_finish(aggregate, min_sites=2, scopes=("global",))  # "bank" with one site is not looked at
+    assert (sum_of_global.scope, sum_of_global.contributors) == ("global", 2)
+    assert agg_finish(aggregate, min_sites=2, scopes=()) == ()
+    with pytest.raises(CohortTooSmall, match="'bank': 1 sites"):
+        agg_finish(aggregate, min_sites=2, scopes=("bank",))
+
+
+def test_scopes_are_written_in_the_plans_order_whatever_order_is_asked_for():
+    assert agg_finish(fold(UPDATES), min_sites=2, scopes=("bank", "global")) == agg_finish(fold(UPDATES), min_sites=2)

@@ -19,19 +19,26 @@ from fedseek.dp import guards
 ROOT = Path(__file__).resolve().parent.parent
 TREES = ("fedseek", "server", "clients", "simulations")
 
-THEORY = ("fedseek.lora", "fedseek.dp", "fedseek.he", "fedseek.identity")
+THEORY = ("fedseek.lora", "fedseek.dp", "fedseek.he", "fedseek.identity", "fedseek.secagg")
 VERBS = tuple(
     f"fedseek.{verb}"
     for verb in (
+        "cohort",
+        "groupkey",
         "records",
         "train",
         "evaluate",
         "encode",
+        "tag",
+        "deal",
         "mask",
         "encrypt",
         "messages",
         "aggregate",
+        "reveal",
+        "unmask",
         "decrypt",
+        "apply",
         "release",
         "prepare",
         "predict",
@@ -58,6 +65,7 @@ OUTER_EDGES = {"clients/fedseek_site/service.py": 1, "simulations/engine.py": 1}
 
 MAX_FILE_LINES, MEDIAN_FILE_LINES = 400, 200
 MAX_BODY_LINES, MEDIAN_BODY_LINES = 60, 12
+PROTOCOL_AS_CODE = ("simulations/protocol.py", "run_round", 80)  # a whole round on a page, docstring and all
 MAX_OWN_ANCESTORS = 2  # FedseekError <- PlanError <- InvalidPlan
 
 # what a coordinator imports, and what must not come along
@@ -66,6 +74,7 @@ COORDINATOR_IMPORTS = (
     "fedseek.plan",
     "fedseek.messages",
     "fedseek.aggregate",
+    "fedseek.unmask",
     "fedseek.he.params",
     "fedseek.he.packing",
     "fedseek.he.ciphertext",
@@ -73,7 +82,17 @@ COORDINATOR_IMPORTS = (
     "fedseek.identity.signing",
     "fedseek_server.coordinator",
 )
-NOT_AT_THE_COORDINATOR = ("torch", "opacus", "peft", "transformers", "fedseek.he.keys", "fedseek.identity.keys")
+NOT_AT_THE_COORDINATOR = (
+    "torch",
+    "opacus",
+    "peft",
+    "transformers",
+    "fedseek.he.keys",
+    "fedseek.identity.keys",
+    "fedseek.identity.vault",
+    "fedseek.groupkey",
+    "fedseek.tag",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,10 +244,11 @@ def check_sizes(file: Source) -> Iterator[str]:
     if lines > MAX_FILE_LINES:
         yield f"{file.path}: {lines} lines, wanted at most {MAX_FILE_LINES}"
     for function in functions(file):
-        if body_lines(function) > MAX_BODY_LINES:
+        allowed = PROTOCOL_AS_CODE[2] if (file.path, function.name) == PROTOCOL_AS_CODE[:2] else MAX_BODY_LINES
+        if body_lines(function) > allowed:
             yield (
                 f"{file.path}:{function.lineno}: body of {function.name} has {body_lines(function)} lines, "
-                f"wanted at most {MAX_BODY_LINES}"
+                f"wanted at most {allowed}"
             )
 
 

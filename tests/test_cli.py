@@ -35,6 +35,8 @@ head_learning_rate = 0.05
 [privacy]
 mechanism = "none"
 [cohort]
+min_sites = 2
+colluders = 0
 max_sites = 4
 """
 SITES = """

@@ -267,7 +267,7 @@ def test_the_protocol_names_every_error_leaf_with_its_exit_code():
     }
     table = {row[0]: int(row[-1]) for row in rows("docs/protocol.md", "Refusal codes")}
     assert table == {**wanted, "InternalError": 1}
-    assert 'code="InternalError"' in (ROOT / "clients/fedseek_site/service.py").read_text("utf-8")
+    assert '"InternalError"' in (ROOT / "clients/fedseek_site/service.py").read_text("utf-8")
 
 
 def test_the_protocol_names_every_signature_context():
@@ -283,8 +283,9 @@ def test_the_operating_page_names_every_exit_code():
 
 def test_the_operating_page_names_every_event_and_no_other():
     sources = [path for path in FILES if path.suffix == ".py" and SHORT[path].split("/")[0] != "tests"]
-    told = {name for path in sources for name in re.findall(r'"event": "(\w+)"', path.read_text("utf-8"))}
-    named = {name for row in rows("docs/operating.md", "Events") for name in re.findall(r"\w+", row[0])}
+    said = re.compile(r'(?:"event": |_tell\()"([\w-]+)"(?: if .+ else "([\w-]+)")?')
+    told = {name for path in sources for found in said.findall(path.read_text("utf-8")) for name in found if name}
+    named = {name for row in rows("docs/operating.md", "Events") for name in re.findall(r"[\w-]+", row[0])}
     assert named == told
 
 

@@ -49,11 +49,32 @@ def plain_layout(num_values):
 
 def test_layout_counts_and_sizes():
     assert LAYOUT.offsets == (0, 12, 17)
-    assert (LAYOUT.num_values, LAYOUT.num_header_slots) == (17, 5)
-    assert num_slots(LAYOUT, PACKING) == 5 + 6
+    assert (LAYOUT.num_values, LAYOUT.num_header_slots) == (17, 7)  # 2 tags, 3 counts, 2 metrics
+    assert num_slots(LAYOUT, PACKING) == 7 + 6
     assert num_ciphertexts(LAYOUT, PACKING) == 1
-    assert num_ciphertexts(plain_layout(3 * 4096 - 9), PACKING) == 1
-    assert num_ciphertexts(plain_layout(3 * 4096 - 8), PACKING) == 2
+    assert num_ciphertexts(plain_layout(3 * (4096 - 5)), PACKING) == 1
+    assert num_ciphertexts(plain_layout(3 * (4096 - 5) + 1), PACKING) == 2
+
+
+@pytest.mark.parametrize(("num_values", "ciphertexts"), [(1, 1), (3 * (4096 - 5), 1), (3 * (4096 - 5) + 1, 2)])
+def test_slots_fill_whole_ciphertexts_with_zeros_where_tags_and_padding_go(num_values, ciphertexts):
+    layout = plain_layout(num_values)
+    slots = encode(np.full(num_values, 0.5), layout=layout, metrics={})
+    assert (slots.dtype, slots.shape) == (np.uint64, (4096 * ciphertexts,))
+    assert slots[:5].tolist() == [0, 0, 1, 1, 0]  # tags, one site, its weight, nothing saturated
+    used = num_slots(layout, PACKING)
+    assert slots[5:used].all()
+    assert not slots[used:].any()
+
+
+def test_what_stands_where_tags_and_padding_go_does_not_reach_the_mean():
+    vector = np.linspace(-1, 1, 17, dtype=np.float32)
+    slots = encode(vector)
+    marked = slots.copy()
+    marked[:2] = PACKING.params.plain_modulus - 1
+    marked[num_slots(LAYOUT, PACKING) :] = 5
+    assert (decode(marked).mean == decode(slots).mean).all()
+    assert decode(marked).metrics == METRICS
 
 
 @pytest.mark.parametrize(
@@ -252,14 +273,15 @@ def changed_slot(position, value):
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        (changed_slot(0, 0), "holds 0 sites"),
-        (changed_slot(0, 9), "holds 9 sites"),
-        (changed_slot(1, 0), "cannot weigh 0"),
-        (changed_slot(1, 2), "cannot weigh 2"),
-        (changed_slot(2, 18), "saturated"),
-        (changed_slot(3, PACKING.header_bound + 1), "metric 'loss'"),
-        (changed_slot(7, 2**48 - 1), "exceeds"),
-        (np.zeros(10, dtype=np.uint64), "wanted at least 11"),
+        (changed_slot(2, 0), "holds 0 sites"),
+        (changed_slot(2, 9), "holds 9 sites"),
+        (changed_slot(3, 0), "cannot weigh 0"),
+        (changed_slot(3, 2), "cannot weigh 2"),
+        (changed_slot(4, 18), "saturated"),
+        (changed_slot(5, PACKING.header_bound + 1), "metric 'loss'"),
+        (changed_slot(9, 2**48 - 1), "exceeds"),
+        (np.zeros(12, dtype=np.uint64), "wanted at least 13"),
+        (np.zeros((2, 13), dtype=np.uint64), "wanted at least 13"),
     ],
 )
 def test_sums_that_no_sites_can_produce_are_refused(slots, message):

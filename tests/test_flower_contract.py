@@ -108,7 +108,9 @@ def test_message_types_are_those_of_the_protocol():
     assert server_app.MESSAGE_TYPES == {
         "plan": "query.plan",
         "key": "query.key",
+        "shares": "query.shares",
         "round": "train.round",
+        "unmask": "evaluate.unmask",
         "close": "evaluate.close",
         "release": "query.release",
     }
@@ -178,16 +180,17 @@ def test_the_grid_has_the_methods_that_the_coordinator_calls():
 def test_each_node_gets_its_own_request_and_gives_its_own_reply(in_a_task):
     grid = LoopGrid(site_app.build_client_app(lambda node_config, data: data[::-1]), nodes=(11, 12, 13))
     exchange = Exchange("round", 4, {11: b"ab", 12: b"cd", 13: b"ef"})
-    assert dict(server_app.deliver(grid, exchange)) == {11: b"ba", 12: b"dc", 13: b"fe"}
+    delivered = {node: server_app.from_record(content) for node, content in server_app.deliver(grid, exchange)}
+    assert delivered == {11: b"ba", 12: b"dc", 13: b"fe"}
     assert {message.metadata.message_type for message in grid.sent.values()} == {"train.round"}
     assert {message.metadata.group_id for message in grid.sent.values()} == {"4"}
 
 
-def test_a_node_that_fails_is_named_and_its_text_is_not_repeated(in_a_task):
+def test_a_node_that_fails_is_left_out_and_its_text_is_not_repeated(in_a_task, caplog):
     grid = LoopGrid(site_app.build_client_app(lambda node_config, data: data), nodes=(11, 12), failing=(12,))
-    with pytest.raises(CohortTooSmall, match="round: node 12 failed with Flower error 2") as caught:
-        list(server_app.deliver(grid, Exchange("round", 1, {11: b"", 12: b""})))
-    assert "王小明" not in str(caught.value)
+    assert [node for node, _ in server_app.deliver(grid, Exchange("round", 1, {11: b"", 12: b""}))] == [11]
+    assert "round: node 12 failed with Flower error 2" in caplog.text
+    assert "王小明" not in caplog.text
 
 
 def test_waiting_for_nodes_ends(in_a_task):

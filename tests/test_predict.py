@@ -1,10 +1,12 @@
 import json
+import time
 
 import numpy as np
 import pytest
 
+from fedseek import predict
 from fedseek.aggregate import agg_finish, agg_init, agg_update
-from fedseek.encode import encode_update, num_ciphertexts
+from fedseek.encode import UpdateLayout, encode_update, num_ciphertexts
 from fedseek.encrypt import encrypt_update
 from fedseek.errors import WrongModel
 from fedseek.he.keys import SecretKey
@@ -12,6 +14,7 @@ from fedseek.lora.load import empty_base, load_base
 from fedseek.lora.source import locate_model
 from fedseek.predict import predict_plan, prediction_document
 from fedseek.prepare import prepare_layouts, prepare_model
+from fedseek.secagg.graph import choose_graph
 
 DEMO = {
     "model": {
@@ -68,6 +71,78 @@ def test_the_prediction_is_what_a_real_encrypted_update_of_that_size_takes(tiny_
     assert of_kind.decrypt_seconds > 0
 
 
+def no_cost(**changes):
+    """A machine that does everything at once, but for what is named; seconds a ciphertext."""
+    free = {"bytes_up": 1.0, "bytes_down": 1.0, "encrypt": 0.0, "mask": 0.0, "add": 0.0, "decrypt": 0.0}
+    return predict._Sample(**(free | changes))
+
+
+def counts_by_scope(plan, kind):
+    layouts = prepare_layouts(kind, prepare_model(plan, kind, empty_base(locate_model(plan.spec.model.source))))
+    return {scope: num_ciphertexts(layout, plan.packing) for scope, layout in layouts.items()}
+
+
+@pytest.mark.parametrize("max_sites", [4, 20, 24])
+def test_seconds_hold_a_mask_for_each_neighbour_on_the_adapter_and_for_each_of_a_kind_on_its_head(
+    tiny_plan, monkeypatch, max_sites
+):
+    around = choose_graph(max_sites, colluders=1, dropout_fraction=0.1).degree
+    assert (around == max_sites - 1) == (max_sites <= 20)  # the larger one has a sparse graph
+    monkeypatch.setattr(predict, "_measure", lambda plan: no_cost(mask=1.0))
+    plan = tiny_plan(**DEMO, cohort={"max_sites": max_sites})
+    predicted = predict_plan(plan)
+    for kind, of_kind in predicted.kinds.items():
+        counts = counts_by_scope(plan, kind)
+        adapter, head = counts["global"], counts[f"kind/{kind}"]
+        assert adapter > head > 0
+        assert of_kind.encrypt_seconds == adapter * (around + 1) + head * (max_sites - 1)  # a head has no self mask
+        assert predicted.add_seconds_per_site == adapter  # its self mask, in the mask of the sum
+
+
+@pytest.mark.parametrize(
+    ("what", "of_kind", "of_site"),
+    [("encrypt", "encrypt_seconds", 0), ("decrypt", "decrypt_seconds", 0), ("add", None, 1)],
+)
+def test_seconds_of_a_ciphertext_are_those_of_all_scopes(tiny_plan, monkeypatch, what, of_kind, of_site):
+    monkeypatch.setattr(predict, "_measure", lambda plan: no_cost(**{what: 1.0}))
+    predicted = predict_plan(tiny_plan())
+    for each in predicted.kinds.values():
+        seconds = {name: getattr(each, name) for name in ("encrypt_seconds", "decrypt_seconds")}
+        assert seconds == {name: each.ciphertexts * (name == of_kind) for name in seconds}
+    assert predicted.add_seconds_per_site == of_site * max(each.ciphertexts for each in predicted.kinds.values())
+
+
+def test_masks_and_tags_are_measured_for_real(tiny_plan, monkeypatch):
+    calls = []
+    for name in ("add_stream", "mac"):
+        real = getattr(predict, name)
+        monkeypatch.setattr(
+            predict, name, lambda *arguments, name=name, real=real: calls.append((name, arguments)) or real(*arguments)
+        )
+    plan = tiny_plan()
+    predict_plan(plan)
+    streams = [arguments for name, arguments in calls if name == "add_stream"]
+    assert len({seed for _, seed, _, _ in streams}) == len(streams) == predict.SAMPLE_MASKS
+    count = num_ciphertexts(UpdateLayout("x", (("values", (predict.SAMPLE_VALUES,)),)), plan.packing)
+    assert {slots.size for slots, *_ in streams} == {count * plan.packing.params.slot_count}
+    assert [name for name, _ in calls].count("mac") == 2  # once to tag, once to check
+
+
+def test_a_mask_takes_as_long_as_each_stream_does(tiny_plan, monkeypatch):
+    real, pause = predict.add_stream, 0.2
+
+    def slow(*arguments):
+        time.sleep(pause)
+        real(*arguments)
+
+    fast = predict._measure(plan := tiny_plan())
+    monkeypatch.setattr(predict, "add_stream", slow)
+    measured = predict._measure(plan)
+    count = num_ciphertexts(UpdateLayout("x", (("values", (predict.SAMPLE_VALUES,)),)), plan.packing)
+    assert measured.mask * count >= pause > fast.mask * count
+    assert measured.encrypt * count < predict.SAMPLE_MASKS * pause
+
+
 def test_the_values_are_those_the_real_model_trains(tiny_plan, tiny_model):
     plan = tiny_plan()
     for kind, of_kind in predict_plan(plan).kinds.items():
@@ -89,7 +164,7 @@ def test_no_epsilon_is_predicted_where_none_is_earned(tiny_plan):
 
 
 def test_the_noise_budget_left_is_positive_and_falls_with_the_cohort(tiny_plan):
-    few, many = (predict_plan(tiny_plan(cohort={"max_sites": sites})) for sites in (2, 4))
+    few, many = (predict_plan(tiny_plan(cohort={"max_sites": sites})) for sites in (3, 4))
     assert few.digits_per_slot == many.digits_per_slot == 3
     assert few.noise_budget_bits_left > many.noise_budget_bits_left >= 1.0
 

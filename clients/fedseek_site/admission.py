@@ -13,8 +13,6 @@ from fedseek.lora.source import check_model, locate_model
 from fedseek.plan import Plan
 from fedseek.records import Records
 
-MIN_SITES_OF_KIND = 2
-
 
 @dataclass(frozen=True, slots=True)
 class SiteData:
@@ -22,6 +20,32 @@ class SiteData:
 
     train: Records
     held_back: Records
+
+
+def check_roster(roster: Roster, trusted: Roster | None, *, me: RosterEntry) -> None:
+    """Run by a site on the roster it is offered: is it the one whose fingerprints people compared?
+
+    A coordinator that swaps in keys of its own stands between the sites and reads everything. Nothing in a roster can
+    show that; so what is offered must be, to the byte, what this site was told by its own people.
+
+    Raises:
+        PlanRefused: it is another roster, or none was compared yet.
+    """
+    if trusted is None:
+        raise PlanRefused(
+            me.name,
+            "no roster is trusted at this site yet",
+            hint="compare the fingerprint of each site with its people over another channel, then trust the roster",
+        )
+    if roster != trusted:
+        raise PlanRefused(
+            me.name,
+            "the roster offered is not the one that is trusted at this site",
+            hint=f"offered: digest {roster.digest().hex()}; trusted: {trusted.digest().hex()}; a coordinator that swaps "
+            "keys would show up just so",
+        )
+    if me not in roster.entries:
+        raise PlanRefused(me.name, "the roster does not list this site with its own keys")
 
 
 def check_admission(plan: Plan, roster: Roster, *, me: RosterEntry, data: SiteData) -> None:
@@ -33,17 +57,11 @@ def check_admission(plan: Plan, roster: Roster, *, me: RosterEntry, data: SiteDa
     task = plan.spec.kinds.get(me.kind)
     if task is None:
         raise PlanRefused(me.name, f"the plan has no task for sites of kind {me.kind!r}")
-    if me not in roster.entries:
-        raise PlanRefused(me.name, "the roster does not list this site with its own keys")
     if not plan.spec.cohort.min_sites <= len(roster.entries) <= plan.spec.cohort.max_sites:
         raise PlanRefused(
             me.name,
             f"the roster has {len(roster.entries)} sites, "
             f"the plan wants {plan.spec.cohort.min_sites} to {plan.spec.cohort.max_sites}",
-        )
-    if sum(entry.kind == me.kind for entry in roster.entries) < MIN_SITES_OF_KIND:
-        raise PlanRefused(
-            me.name, f"this is the only site of kind {me.kind!r}: the sum of its heads would be its own head"
         )
     if task.unit != "record" and data.train.unit_column is None:
         raise PlanRefused(me.name, f"the plan protects a {task.unit}, this site's data names no unit column")

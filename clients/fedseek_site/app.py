@@ -25,10 +25,11 @@ def build_client_app(deliver: Deliver) -> ClientApp:
         reply = deliver(context.node_config, from_record(message.content))
         return Message(to_record(reply), reply_to=message)
 
-    for action in ("plan", "key", "release"):
+    for action in ("plan", "key", "shares", "release"):
         app.query(action)(answer)
     app.train("round")(answer)
-    app.evaluate("close")(answer)
+    for action in ("close", "unmask"):
+        app.evaluate(action)(answer)
     return app
 
 

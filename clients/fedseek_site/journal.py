@@ -42,7 +42,7 @@ from fedseek.identity.vault import StorageKey, check_private, open_at_rest, seal
 JOURNAL_FILE: Final = "site.sqlite3"
 LOCK_FILE: Final = "site.lock"
 MAX_KEPT_BYTES: Final = 900_000_000  # SQLite as usually built takes rows of 10**9 bytes (SQLITE_MAX_LENGTH)
-ROUNDS_KEPT: Final = 2  # answers older than this many rounds before the newest are dropped
+ROUNDS_KEPT: Final = 2  # answers older than this many rounds before the newest of their phase are dropped
 MAX_REFUSALS_KEPT: Final = 1000  # a run; more are refused all the same, but a coordinator cannot fill the disk
 
 _MAX_RUN_CHARS, _MAX_ROUND = 128, 2**31 - 1
@@ -69,7 +69,8 @@ class Step:
     Attributes:
         run: 1 to 128 characters.
         phase: lower-case letters and hyphens, 1 to 32 of them, such as ``"round"`` or ``"unmask"``.
-        round: from 0 up. The last steps of a run carry its last round, so that pruning knows them for new.
+        round: from 0 up, or what the phase counts instead, such as epochs. Old answers are dropped phase by phase:
+            what one phase counts says nothing of how new another's are.
     """
 
     run: str
@@ -206,8 +207,8 @@ class Journal:
             if sealed_state is not None:
                 db.execute("REPLACE INTO states (run, sealed) VALUES (?, ?)", (step.run, sealed_state))
             db.execute(
-                "UPDATE steps SET reply = NULL WHERE run = ? AND round < ? AND reply IS NOT NULL",
-                (step.run, step.round - ROUNDS_KEPT),
+                "UPDATE steps SET reply = NULL WHERE run = ? AND phase = ? AND round < ? AND reply IS NOT NULL",
+                (step.run, step.phase, step.round - ROUNDS_KEPT),
             )
 
     def state(self, run: str) -> bytes | None:

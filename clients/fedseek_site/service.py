@@ -1,21 +1,29 @@
 """The site service: it owns the data, the keys and the word "no".
 
 One method, :meth:`SiteService.handle`: bytes of a request in, bytes of a reply out. In production it stands behind a
-socket in a process of its own; in a simulation behind a process of the engine. It never lets an exception's text
-out: a refusal is a code and a rule, the rest goes to the site's own log.
+socket in a process of its own; in a simulation behind a process of the engine.
+
+    parse -> done before? the same bytes again -> step -> answer and new state to the disk, together -> answer
+
+It never lets an exception's text out: a refusal is a code and a rule, the rest goes to the site's own log. A refusal is
+nothing done: the state is as before, and a right request may follow.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-from fedseek.errors import FedseekError, PlanRefused, WrongRound
+from msgspec.structs import replace
+
+from fedseek.errors import FedseekError, PlanRefused, Tampered, WrongRound
 from fedseek.identity.keys import SiteIdentity
+from fedseek.identity.roster import Roster
+from fedseek.identity.vault import StorageKey
 from fedseek.messages import (
-    CloseRequest,
     KeyRequest,
     PlanOffer,
     Refused,
@@ -23,75 +31,217 @@ from fedseek.messages import (
     Reply,
     Request,
     RoundRequest,
+    ShareRequest,
+    UnmaskRequest,
     decode_request,
     encode_message,
 )
 from fedseek_site.admission import SiteData
-from fedseek_site.run import SiteRun, open_run
+from fedseek_site.entering import admit, deal, make_key
+from fedseek_site.journal import Journal, Step
+from fedseek_site.releasing import release
+from fedseek_site.rounds import play_round, unmask
+from fedseek_site.run import Clock, Observe, SiteRun, begin_run, open_run
+from fedseek_site.state import SiteState
 
-Observe = Callable[[dict[str, Any]], None]
+_MAX_EPOCHS: Final = 1_000_000  # keys last days, so no run gets there
 log = logging.getLogger(__name__)
 
 
 class SiteService:
-    """One institution. State between messages is the current :class:`SiteRun`, in memory.
+    """One institution. A process that is killed at any moment goes on where its journal says it was.
+
+    A site is in one run at a time: the one that it last did a step of.
 
     Args:
         identity: the site's private keys.
         data: its records.
+        roster: the sites whose fingerprints people here compared; None: every offer is refused until ``trust``.
+        state_folder: of the journal, on a local disk; made if it is missing.
+        storage_key: seals what is in it; the same after a restart.
         release_folder: where a released adapter and its evidence are written.
         observe: told what happens here, for the site's own report; never sent anywhere.
+        clock: Unix time in seconds; says how old a group key is.
+
+    Raises:
+        FedseekError: the journal cannot be opened: see :class:`fedseek_site.journal.Journal`.
     """
 
-    def __init__(self, identity: SiteIdentity, data: SiteData, *, release_folder: Path, observe: Observe) -> None:
+    def __init__(
+        self,
+        identity: SiteIdentity,
+        data: SiteData,
+        *,
+        roster: Roster | None,
+        state_folder: Path,
+        storage_key: StorageKey,
+        release_folder: Path,
+        observe: Observe,
+        clock: Clock = time.time,
+    ) -> None:
         self.identity = identity
         self.data = data
+        self._roster = roster
         self._release_folder = release_folder
         self._observe = observe
-        self._run: SiteRun | None = None
+        self._clock = clock
+        self._turn = threading.Lock()
+        self._held: tuple[SiteRun, SiteState] | None = None  # what the journal has, opened
+        state_folder.parent.mkdir(parents=True, exist_ok=True)
+        self._journal = Journal(state_folder, storage_key)
+
+    def trust(self, roster: Roster) -> None:
+        """Take this roster for the true one, from now on: people compared the fingerprint of every entry.
+
+        A run with another roster is refused from here on, also one that has begun.
+        """
+        with self._turn:
+            self._roster = roster
+            self._held = None  # opened again on the next request, and checked against the new roster
+
+    def close(self) -> None:
+        """Let go of the journal, so that another process may open it; nothing is answered any more."""
+        with self._turn:
+            self._journal.close()
 
     def handle(self, request: bytes) -> bytes:
         """Answer one request of the coordinator.
+
+        Guarantee: a request that was answered gets the same bytes again, also after a restart; another request for the
+        same step is refused. What is answered is on the disk first, together with the state that belongs to it.
 
         Returns:
             An encoded reply; a ``Refused`` when anything in the request or at the site forbids an answer.
         """
         run = "unknown"
         try:
-            message = decode_request(request)
-            run = message.run
-            return encode_message(self._answer(message))
-        except FedseekError as error:
-            log.warning("site %s refuses a request of run %s: %s", self.identity.name, run, error)
-            self._observe({"event": "refused", "code": error.code, "text": str(error)})
-            rule = error.rule if isinstance(error, PlanRefused) else error.code
-            return encode_message(Refused(run=run, site=self.identity.name, code=error.code, rule=rule[:200]))
+            try:
+                message = decode_request(request)
+                run = message.run
+                with self._turn:
+                    return self._answer_once(message, request)
+            except FedseekError as error:
+                log.warning("site %s refuses a request of run %s: %s", self.identity.name, run, error)
+                self._observe({"event": "refused", "code": error.code, "text": str(error)})
+                rule = error.rule if isinstance(error, PlanRefused) else error.code
+                return self._refused(run, error.code, rule)
         except Exception:
             # Outer edge of the site: Flower would carry the exception's text, which may quote data, to the coordinator.
             log.exception("site %s failed on a request of run %s", self.identity.name, run)
-            return encode_message(
-                Refused(run=run, site=self.identity.name, code="InternalError", rule="internal error")
-            )
+            return self._refused(run, "InternalError", "internal error")
 
-    def _answer(self, message: Request) -> Reply:
-        match message:
-            case PlanOffer():
-                if self._run is not None and self._run.run_id == message.run:
-                    raise WrongRound(f"run {message.run!r} has begun here already; it is not begun twice")
-                self._run = open_run(
-                    message, self.identity, self.data, observe=self._observe, release_folder=self._release_folder
-                )
-                return self._run.admit()
-            case KeyRequest():
-                return self._current(message.run).make_group_key(message)
-            case RoundRequest():
-                return self._current(message.run).play_round(message)
-            case CloseRequest():
-                return self._current(message.run).close(message)
-            case ReleaseRequest():
-                return self._current(message.run).release(message)
+    def _refused(self, run: str, code: str, rule: str) -> bytes:
+        return encode_message(Refused(run=run, site=self.identity.name, code=code, rule=rule[:200]))
 
-    def _current(self, run: str) -> SiteRun:
-        if self._run is None or self._run.run_id != run:
-            raise WrongRound(f"got a request for run {run!r}, this site is in {self._run and self._run.run_id!r}")
-        return self._run
+    def _answer_once(self, message: Request, request: bytes) -> bytes:
+        step = step_of(message)
+        done = self._journal.recall(step, request)
+        if done is not None:
+            return done
+        run, state = self._enter(message) if isinstance(message, PlanOffer) else self._resume(message.run)
+        try:
+            after, reply = take_step(run, state, message)
+        except Tampered as error:
+            # One try in a run: asked again and again, what passes and what does not would tell about the group key.
+            self._record(step, request, self._refused(run.name, error.code, error.code), run, stop(state))
+            raise
+        answer = encode_message(reply)
+        self._record(step, request, answer, run, after)
+        return answer
+
+    def _record(self, step: Step, request: bytes, answer: bytes, run: SiteRun, after: SiteState) -> None:
+        self._held = None  # should the next line fail half-way, the journal alone knows how far it got
+        self._journal.record(step, request, answer, after.to_bytes())
+        self._held = run, after
+
+    def _enter(self, offer: PlanOffer) -> tuple[SiteRun, SiteState]:
+        """The run this plan is offered for: begun here before, or to begin now."""
+        if self._journal.latest_run() == offer.run or self._journal.state(offer.run) is not None:
+            return self._resume(offer.run)
+        run = self._open(offer)
+        return run, begin_run(run, offer)
+
+    def _resume(self, name: str) -> tuple[SiteRun, SiteState]:
+        """The run and its state; from the journal where they are not in memory.
+
+        Raises:
+            WrongRound: this site is not in that run, or no longer.
+        """
+        if self._held is not None and self._held[0].name == name:
+            return self._held
+        stored = self._journal.state(name) if self._journal.latest_run() == name else None
+        if stored is None:
+            raise WrongRound(f"got a request for run {name!r}, this site is in {self._journal.latest_run()!r}")
+        state = SiteState.from_bytes(stored)
+        offer = decode_request(state.offer)
+        if not isinstance(offer, PlanOffer):
+            raise WrongRound(f"run {name!r} was begun here on a {type(offer).__name__}")
+        self._held = self._open(offer), state
+        return self._held
+
+    def _open(self, offer: PlanOffer) -> SiteRun:
+        return open_run(
+            offer,
+            self.identity,
+            self.data,
+            trusted=self._roster,
+            release_folder=self._release_folder,
+            observe=self._observe,
+            clock=self._clock,
+        )
+
+
+def step_of(message: Request) -> Step:
+    """What is done once: one step a phase and round; for group keys, an epoch.
+
+    Raises:
+        WrongRound: an epoch that no run reaches.
+    """
+    match message:
+        case PlanOffer():
+            return Step(message.run, "plan", message.round)
+        case KeyRequest():
+            if message.epoch > _MAX_EPOCHS:
+                raise WrongRound(f"asked for the group key of epoch {message.epoch}, wanted at most {_MAX_EPOCHS}")
+            return Step(message.run, "key", message.epoch)
+        case ShareRequest():
+            return Step(message.run, "shares", message.round)
+        case RoundRequest():
+            return Step(message.run, "round", message.round)
+        case UnmaskRequest():
+            return Step(message.run, "unmask", message.round)
+        case ReleaseRequest():
+            return Step(message.run, "release", message.metrics.round + 1)
+
+
+def stop(state: SiteState) -> SiteState:
+    """The same run, in which nothing more is done; its secrets are gone."""
+    return replace(state, stopped=True, rounds={}, group_keys={})
+
+
+def take_step(run: SiteRun, state: SiteState, message: Request) -> tuple[SiteState, Reply]:
+    """Do what a request asks for; an error means that nothing was done.
+
+    Raises:
+        WrongRound: the run is over at this site; else as the step says.
+    """
+    if state.stopped:
+        raise WrongRound(
+            f"run {run.name!r} was stopped at this site: a sum did not pass",
+            hint="find out why, then begin another run",
+        )
+    if state.released:
+        raise WrongRound(f"run {run.name!r} is released at this site; nothing more is done in it")
+    match message:
+        case PlanOffer():
+            return admit(run, state, message)
+        case KeyRequest():
+            return make_key(run, state, message)
+        case ShareRequest():
+            return deal(run, state, message)
+        case RoundRequest():
+            return play_round(run, state, message)
+        case UnmaskRequest():
+            return unmask(run, state, message)
+        case ReleaseRequest():
+            return release(run, state, message)

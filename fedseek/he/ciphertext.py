@@ -12,15 +12,18 @@ from functools import lru_cache
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from tenseal import sealapi
 
 from fedseek.errors import InvalidPlan, Malformed
 from fedseek.he.params import HeParams
-from fedseek.he.sealfile import check_frame, load_object, save_object
+from fedseek.he.sealfile import load_object, open_frame, save_object
 
 _NUM_POLYNOMIALS = 2
 # Content of a SEAL 4 ciphertext besides its coefficients (8 bytes each): parameter id, sizes, scale, inner header.
 _CIPHERTEXT_FIELDS = 97
+_COEFFICIENTS_AT, _ARRAY_FIELDS = 73, 24
 # A fresh one carries instead of the second polynomial: inner header 16, generator type 1, seed 64.
 _SEED_FIELDS = 81
 
@@ -70,6 +73,11 @@ def _evaluator(params: HeParams) -> Any:
     return sealapi.Evaluator(seal_context(params))
 
 
+@lru_cache(maxsize=8)
+def _encoder(params: HeParams) -> Any:
+    return sealapi.BatchEncoder(seal_context(params))
+
+
 def load_ciphertext(params: HeParams, data: bytes, *, form: CiphertextForm) -> Any:
     """Parse a ciphertext from another party.
 
@@ -86,10 +94,10 @@ def load_ciphertext(params: HeParams, data: bytes, *, form: CiphertextForm) -> A
 
     Cost: about 0.15 ms for 4096 slots.
     """
-    check_frame(data, content_size=_content_size(params, form))
+    opened = open_frame(data, content_size=_content_size(params, form), inner=_inner_headers(params, form))
     context = seal_context(params)
     ciphertext = sealapi.Ciphertext(context)
-    load_object(ciphertext, data, context=context)
+    load_object(ciphertext, opened, context=context)
     if ciphertext.size() != _NUM_POLYNOMIALS or ciphertext.is_ntt_form():
         raise Malformed(f"ciphertext: got {ciphertext.size()} polynomials; wanted {_NUM_POLYNOMIALS}, coefficient form")
     if ciphertext.is_transparent():
@@ -110,6 +118,21 @@ def add_in_place(params: HeParams, running: Any, addend: Any) -> None:
 def subtract_in_place(params: HeParams, running: Any, subtrahend: Any) -> None:
     """Undo ``add_in_place``: the coefficients are mod q again what they were."""
     _evaluator(params).sub_inplace(running, subtrahend)
+
+
+def subtract_slots(params: HeParams, running: Any, slots: npt.NDArray[np.uint64]) -> None:
+    """Subtract known slots, shape (slot_count,), under encryption: what decrypts is then less by them, mod t."""
+    plaintext = sealapi.Plaintext()
+    _encoder(params).encode(slots.tolist(), plaintext)
+    _evaluator(params).sub_plain_inplace(running, plaintext)
+
+
+def _inner_headers(params: HeParams, form: CiphertextForm) -> dict[int, int]:
+    """Where SEAL puts headers of its own inside, and what they announce: one before the coefficients, one before a seed."""
+    polynomial = 8 * params.poly_modulus_degree
+    if form is CiphertextForm.FRESH:
+        return {_COEFFICIENTS_AT: polynomial + _ARRAY_FIELDS, _content_size(params, form) - _SEED_FIELDS: _SEED_FIELDS}
+    return {_COEFFICIENTS_AT: _NUM_POLYNOMIALS * polynomial + _ARRAY_FIELDS}
 
 
 def _content_size(params: HeParams, form: CiphertextForm) -> int:

@@ -12,17 +12,21 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from tenseal import sealapi
 
 from fedseek.errors import WrongKey
 from fedseek.he.ciphertext import CiphertextForm, load_ciphertext, seal_context
 from fedseek.he.params import HeParams
-from fedseek.he.sealfile import check_frame, load_object, save_object
+from fedseek.he.sealfile import load_object, open_frame, save_object
 
 _FINGERPRINT_DOMAIN = b"fedseek/he/secret-key-fingerprint/v1\x00"
 _FINGERPRINT_BYTES = 16
+_DERIVE_DOMAIN = b"fedseek/he/derive/v1"
 # Content of a SEAL 4 secret key besides its N coefficients of 8 bytes.
 _KEY_FIELDS = 72
+_KEY_COEFFICIENTS_AT, _KEY_ARRAY_FIELDS = 48, 24
 
 
 class SecretKey:
@@ -46,10 +50,13 @@ class SecretKey:
         Raises:
             Malformed: the bytes are not exactly one secret key for ``params``.
         """
-        check_frame(data, content_size=8 * params.poly_modulus_degree + _KEY_FIELDS)
+        polynomial = 8 * params.poly_modulus_degree
+        opened = open_frame(
+            data, content_size=polynomial + _KEY_FIELDS, inner={_KEY_COEFFICIENTS_AT: polynomial + _KEY_ARRAY_FIELDS}
+        )
         context = seal_context(params)
         seal_key = sealapi.SecretKey()
-        load_object(seal_key, data, context=context)
+        load_object(seal_key, opened, context=context)
         return cls(params, seal_key)
 
     @property
@@ -67,12 +74,22 @@ class SecretKey:
         Guarantee: SHA-256 of more than 6000 bits of secret randomness under its own domain, cut to 128 bits: it tells
         two keys apart and reveals nothing that helps to find one. It does not depend on how the key was serialised.
         """
+        return hashlib.sha256(_FINGERPRINT_DOMAIN + self._content()).digest()[:_FINGERPRINT_BYTES].hex()
+
+    def derive(self, purpose: bytes) -> bytes:
+        """A key for ``purpose`` that only holders of this key can know, 32 bytes (HKDF, RFC 5869).
+
+        Guarantee: keys of different purposes tell nothing about each other or about this key.
+        """
+        return HKDF(algorithm=hashes.SHA256(), length=32, salt=_DERIVE_DOMAIN, info=purpose).derive(self._content())
+
+    def _content(self) -> bytes:
+        """Parameters and coefficients: the same bytes however the key was serialised."""
         polynomial = self._seal_key.data()
         degree = self._params.poly_modulus_degree
         coefficients = np.array([polynomial.data(i) for i in range(degree)], dtype="<u8")
         name = f"{degree},{self._params.coeff_mod_bit_sizes},{self._params.plain_modulus}\x00".encode()
-        digest = hashlib.sha256(_FINGERPRINT_DOMAIN + name + coefficients.tobytes())
-        return digest.digest()[:_FINGERPRINT_BYTES].hex()
+        return name + coefficients.tobytes()
 
     def __repr__(self) -> str:
         return "SecretKey(<redacted>)"

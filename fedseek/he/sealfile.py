@@ -1,9 +1,11 @@
 """SEAL's file format: strict framing, and a way to use it without a disk.
 
-A SEAL object is a 16-byte header and one zstd frame. SEAL itself is lenient where a stranger's bytes are concerned: it
-ignores bytes after the frame, and inflates the whole frame before it looks at the size, so a few kilobytes could
-claim gigabytes. ``check_frame`` closes both before SEAL sees the bytes: the frame must announce the exact content size
-and be one zstd block, which the format caps at 128 KiB, that ends where the data ends.
+A SEAL object is a 16-byte header and one zstd frame, and has more headers inside. SEAL is lenient where a stranger's
+bytes are concerned: it ignores bytes after the frame, inflates the whole frame before it looks at the size, so a few
+kilobytes could claim gigabytes, and trusts the sizes in inner headers, over which it can end the process
+(``std::terminate``). ``open_frame`` closes all three before SEAL sees the bytes: the frame must announce the exact content
+size and be one zstd block, which the format caps at 128 KiB, that ends where the data ends; it is inflated here, and the
+inner headers must be those that SEAL writes for this size.
 
 ``tenseal.sealapi`` reads and writes paths only. ``scratch_path`` gives a path to anonymous memory (Linux); elsewhere
 to a file in a fresh private directory that is removed at once.
@@ -16,17 +18,20 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import zstandard
 
 from fedseek.errors import Malformed
 
 _SEAL_HEADER = struct.Struct("<HBBBBHQ")  # magic, header size, version major, minor, compression, reserved, total size
 _SEAL_MAGIC = 0xA15E
 _SEAL_MAJOR = 4
-_COMPRESSION_ZSTD = 2
+_MINOR_AT = 4
+_COMPRESSION_NONE, _COMPRESSION_ZSTD = 0, 2
 
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _ZSTD_BLOCK_RAW, _ZSTD_BLOCK_COMPRESSED = 0, 2
@@ -36,27 +41,51 @@ _CONTENT_SIZE_BYTES = {0x60: 2, 0xA0: 4}
 _MAX_OVERHEAD = 64
 
 
-def check_frame(data: bytes, *, content_size: int) -> None:
-    """Refuse bytes that are not exactly one SEAL object of ``content_size`` bytes.
+def open_frame(data: bytes, *, content_size: int, inner: Mapping[int, int]) -> bytes:
+    """The same SEAL object without compression, if ``data`` is exactly one of ``content_size`` bytes.
 
-    Guarantee: what passes inflates to at most 128 KiB, and no byte of ``data`` lies outside the object.
+    Guarantee: nothing inflates to more than 128 KiB, no byte of ``data`` lies outside the object, and every header in the
+    content is one that SEAL writes.
+
+    Args:
+        data: from another party.
+        content_size: bytes of content.
+        inner: where headers stand in the content, and the size that each announces, itself included.
+
+    Returns:
+        Header and content, for ``load_object``.
 
     Raises:
         Malformed: says which part differs.
     """
     if not _SEAL_HEADER.size + 12 <= len(data) <= content_size + _MAX_OVERHEAD:
         raise Malformed(f"SEAL object: got {len(data)} bytes; wanted at most {content_size + _MAX_OVERHEAD}")
-    magic, header_size, major, _minor, compression, reserved, size = _SEAL_HEADER.unpack_from(data)
-    if (magic, header_size, reserved) != (_SEAL_MAGIC, _SEAL_HEADER.size, 0):
-        raise Malformed(f"SEAL object: header {data[: _SEAL_HEADER.size].hex()} is not SEAL's")
-    if (major, compression) != (_SEAL_MAJOR, _COMPRESSION_ZSTD):
-        raise Malformed(
-            f"SEAL object: got version {major}, compression {compression}; "
-            f"wanted {_SEAL_MAJOR}, {_COMPRESSION_ZSTD} (zstd)"
-        )
-    if size != len(data):
-        raise Malformed(f"SEAL object: header announces {size} bytes, got {len(data)}")
+    _check_header(data, 0, size=len(data), compression=_COMPRESSION_ZSTD)
     _check_zstd(data, content_size=content_size)
+    try:
+        content = zstandard.ZstdDecompressor().decompress(data[_SEAL_HEADER.size :], max_output_size=content_size)
+    except zstandard.ZstdError as error:
+        raise Malformed(f"SEAL object: its zstd block does not inflate: {error}") from None
+    if len(content) != content_size:
+        raise Malformed(f"SEAL object: inflates to {len(content)} bytes; wanted {content_size}")
+    for start, size in inner.items():
+        _check_header(content, start, size=size, compression=_COMPRESSION_NONE)
+    size = _SEAL_HEADER.size + content_size
+    minor = data[_MINOR_AT]
+    return _SEAL_HEADER.pack(_SEAL_MAGIC, _SEAL_HEADER.size, _SEAL_MAJOR, minor, _COMPRESSION_NONE, 0, size) + content
+
+
+def _check_header(data: bytes, start: int, *, size: int, compression: int) -> None:
+    magic, header_size, major, _minor, got, reserved, announced = _SEAL_HEADER.unpack_from(data, start)
+    if (magic, header_size, reserved) != (_SEAL_MAGIC, _SEAL_HEADER.size, 0):
+        header = data[start : start + _SEAL_HEADER.size].hex()
+        raise Malformed(f"SEAL object: header {header} at byte {start} is not SEAL's")
+    if (major, got) != (_SEAL_MAJOR, compression):
+        raise Malformed(
+            f"SEAL object: got version {major}, compression {got} at byte {start}; wanted {_SEAL_MAJOR}, {compression}"
+        )
+    if announced != size:
+        raise Malformed(f"SEAL object: header at byte {start} announces {announced} bytes, wanted {size}")
 
 
 def _check_zstd(data: bytes, *, content_size: int) -> None:
@@ -97,16 +126,16 @@ def save_object(seal_object: Any) -> bytes:
             return stream.read()
 
 
-def load_object(seal_object: Any, data: bytes, *, context: Any) -> None:
-    """Fill ``seal_object`` from bytes that ``check_frame`` has passed; SEAL validates them for ``context``.
+def load_object(seal_object: Any, opened: bytes, *, context: Any) -> None:
+    """Fill ``seal_object`` from what ``open_frame`` has passed; SEAL validates its numbers for ``context``.
 
     Raises:
         Malformed: SEAL refuses the content, for example because it belongs to other parameters.
     """
     with scratch_path() as path:
         with open(path, "wb") as stream:
-            stream.write(data)
+            stream.write(opened)
         try:
             seal_object.load(context, path)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:  # IndexError: a ciphertext of no polynomials
             raise Malformed(f"SEAL object: {error} (truncated, altered, or made for other parameters)") from error

@@ -24,6 +24,10 @@ CONTEXT_SEALED_KEY: Final = b"fedseek/sealed-key/v1"
 CONTEXT_PLAN: Final = b"fedseek/plan-admitted/v1"
 CONTEXT_ADAPTER: Final = b"fedseek/adapter-digest/v1"
 CONTEXT_RELEASE: Final = b"fedseek/release-approved/v1"
+CONTEXT_ROUND_KEYS: Final = b"fedseek/round-keys/v1"
+CONTEXT_SHARES: Final = b"fedseek/shares-dealt/v1"
+CONTEXT_PRESENCE: Final = b"fedseek/round-participants/v1"
+CONTEXT_UNMASK: Final = b"fedseek/shares-revealed/v1"
 
 SIGNATURE_BYTES = 64
 _SIGNED_PREFIX = b"fedseek/signed/v1"

@@ -1,7 +1,17 @@
 """The coordinator's side of a run, with no network in it: requests out, replies in.
 
 :meth:`Coordinator.play` reads like the protocol: it yields one :class:`Exchange` after another; whoever drives it
-delivers the requests, hands each reply to :meth:`Coordinator.receive` as it comes, and asks for the next.
+delivers the requests, hands each reply to :meth:`Coordinator.receive` as it comes, and asks for the next exchange when
+all have answered or will not any more.
+
+    plan, shares            once: who runs it, and the shares for round 1
+    round, unmask           each round: masked updates up, then the shares that open their sum
+    close, unmask           the same once more, for the final metrics
+    release                 once
+    key                     when a group key is wanted
+
+A site that does not answer is missing from that round and comes back two rounds later: *unmask* offers it the plan
+again, the next *round* asks it for shares, and in the one after it takes part. Nobody else waits for it.
 
 It holds no key and imports no type that could: what it adds, it cannot read. What it may learn is in the trust table
 (docs/protocol.md): who takes part, when, how many bytes, and what sites publish in their statements.
@@ -10,55 +20,34 @@ It holds no key and imports no type that could: what it adds, it cannot read. Wh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-from fedseek.aggregate import Aggregate, agg_finish, agg_init, agg_update
-from fedseek.errors import (
-    AdapterDiverged,
-    CohortTooSmall,
-    FedseekError,
-    Malformed,
-    PlanRefused,
-    SiteRefused,
-    WrongModel,
-    WrongRound,
-)
-from fedseek.he.ciphertext import ScopedSum
+from fedseek.cohort import Federation
+from fedseek.errors import CohortTooSmall, CustodyError, FedseekError, MessageError, WrongRound
 from fedseek.identity.roster import Roster
-from fedseek.identity.signing import CONTEXT_ADAPTER, CONTEXT_PLAN, CONTEXT_RELEASE, join_fields, verify
-from fedseek.messages import (
-    AggregateDown,
-    CloseRequest,
-    KeyRequest,
-    KeysSealed,
-    PlanAdmitted,
-    PlanOffer,
-    Refused,
-    ReleaseApproved,
-    ReleaseRequest,
-    Reply,
-    RoundRequest,
-    UpdateReply,
-    decode_reply,
-    digest_message,
-    encode_message,
-    release_message,
-    reply_limit,
-)
-from fedseek.plan import GLOBAL_SCOPE, Plan
+from fedseek.messages import AggregateDown, KeyRequest, Refused, ReleaseApproved, Request, decode_reply, encode_message
+from fedseek.plan import Plan
+from fedseek_server.envelopes import NO_EPOCH
+from fedseek_server.history import given_up
+from fedseek_server.replies import largest_reply, refusal, take_reply
+from fedseek_server.requests import plan_offers, release_requests, round_requests, share_requests, unmask_requests
+from fedseek_server.rounds import finish_round
+from fedseek_server.state import Observe, RunState
 
-EPOCH = 0
-MIN_SITES_IN_SUM = 2  # of any scope; how many sites a run needs is the plan's cohort.min_sites, checked by each site
-SETUP_REPLY_BYTES = 64 << 20  # admissions and sealed keys: 1024 sites x 35 KB envelopes
-Observe = Callable[[dict[str, Any]], None]
-R = TypeVar("R", bound=Reply)
+Nodes = Callable[[], Sequence[int]]
+NOTHING_OPENED = "the run's record says of each round why"
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One message to each of some nodes, and one reply from each is wanted."""
+    """One message to each of some nodes; a reply from each is wanted, and none is waited for beyond reason.
+
+    Attributes:
+        phase: plan, shares, key, round, unmask, close or release. Within one, nodes may be asked different things.
+        round: that it belongs to; the closing round is the one after the plan's last.
+        requests: encoded, by node.
+    """
 
     phase: str
     round: int
@@ -70,269 +59,197 @@ class Coordinator:
 
     Args:
         plan: the checked plan.
-        roster: the sites that take part; all of them must answer.
+        roster: the sites that may take part.
         run: a name for the run, unique.
-        observe: told of phases, bytes and seconds, for progress and the run's record.
+        observe: told of phases, bytes, seconds and who was missing, for progress and the run's record.
+        clock: Unix time in seconds; tells the age of the group key.
     """
 
-    def __init__(self, plan: Plan, roster: Roster, *, run: str, observe: Observe) -> None:
+    def __init__(
+        self, plan: Plan, roster: Roster, *, run: str, observe: Observe, clock: Callable[[], float] = time.time
+    ) -> None:
         self.plan = plan
         self.roster = roster
         self.run = run
-        self.approvals: dict[str, ReleaseApproved] = {}
+        self._state = RunState.of(Federation.of(run, plan, roster), observe)
         self._observe = observe
-        self._sites: dict[int, str] = {}
-        self._admitted: dict[str, PlanAdmitted] = {}
-        self._envelopes: dict[str, bytes] = {}
-        self._aggregate: Aggregate | None = None
-        self._digests: dict[str, tuple[str, bytes]] = {}
-        self._expected = Exchange("none", 0, {})
+        self._clock = clock
+        self._nodes: Nodes = tuple
+        self._here: Sequence[int] = ()
+        self._rotation_wanted = False
+        self._open = Exchange("none", 0, {})
+        self._asked: Mapping[int, Request] = {}
         self._answered: set[int] = set()
-        self._aggregate_seconds = 0.0
 
-    def play(self, nodes: list[int]) -> Iterator[Exchange]:
+    @property
+    def approvals(self) -> dict[str, ReleaseApproved]:
+        """Sites that approved the release, and what they signed."""
+        return self._state.approvals
+
+    @property
+    def contributors(self) -> tuple[str, ...]:
+        """Sites whose update is in the adapter; each of them must approve a release. In roster order."""
+        return self._state.history.contributors(self.plan.spec.training.rounds)
+
+    def request_rotation(self) -> None:
+        """Have a new group key made before the next round."""
+        self._rotation_wanted = True
+
+    def play(self, nodes: Nodes) -> Iterator[Exchange]:
         """The whole run, exchange by exchange.
 
+        The same replies in the same exchanges, with the same nodes there, give the same requests.
+
+        Args:
+            nodes: tells which nodes are connected; asked anew for each exchange, so that late ones are found.
+
         Raises:
-            FedseekError: a site refused, answered wrongly, or did not answer; or adapters differ.
+            CohortTooSmall: too few sites for the run, no round that could be opened, or no closing round.
         """
-        offer = PlanOffer(run=self.run, plan=self.plan.canonical(), roster=self.roster.canonical_bytes())
-        yield self._open("plan", 0, dict.fromkeys(nodes, encode_message(offer)))
-        self._check_cohort()
-
-        key_maker = min(self._sites, key=lambda node: self._sites[node])  # first on the roster: names are sorted
-        yield self._open("key", 0, {key_maker: encode_message(KeyRequest(run=self.run, epoch=EPOCH))})
-        self._all_answered()
-
-        rounds = self.plan.spec.training.rounds
-        sums: tuple[ScopedSum, ...] = ()
-        for number in range(1, rounds + 1):
-            self._start_sum(self._ciphertexts())
-            yield self._open("round", number, self._round_requests(number, sums))
-            sums = self._finish_sum()
-
-        self._start_sum({scope: n for scope, n in self._ciphertexts().items() if scope != GLOBAL_SCOPE})
-        yield self._open("close", rounds, self._close_requests(rounds, sums))
-        metrics = self._finish_sum()
-
-        yield self._open("release", rounds, self._release_requests(rounds, metrics))
-        self._all_answered()
+        self._nodes = nodes
+        yield from self._admit()
+        yield from self._deal()
+        for number in range(1, self._state.closing):
+            yield from self._play_round(number, "round")
+        if not self.contributors:
+            raise CohortTooSmall("no round of training could be opened", hint=NOTHING_OPENED)
+        yield from self._play_round(self._state.closing, "close")
+        if not self._state.history.ended[-1].survivors:
+            raise CohortTooSmall("the closing round could not be opened", hint=NOTHING_OPENED)
+        yield from self._ask("release", self._state.closing, release_requests(self._state, self._look()))
 
     def receive(self, node: int, data: bytes) -> None:
-        """Take one reply. A reply that is refused changes nothing.
+        """Take one reply. A reply that is refused changes nothing, and the node may still send a right one.
 
         Raises:
-            MessageError: it does not parse, is too large, or answers another request.
-            PlanRefused, SiteRefused: the site says no.
+            MessageError, CustodyError: it does not parse, is too large, answers another request, or is not signed by
+                whom it names. The driver tells ``reject`` and goes on.
+            PlanRefused, SiteRefused: the site says no; the run is over. A site that finds too few others in a round
+                only counts as missing from it.
+            WrongModel, AdapterDiverged: sites hold different models or adapters; the run is over.
         """
-        if node not in self._expected.requests or node in self._answered:
-            raise WrongRound(f"node {node} answered {self._expected.phase!r} unasked or twice")
-        reply = decode_reply(data, limit=self._limit())
+        if node not in self._asked or node in self._answered:
+            raise WrongRound(f"node {node} answered {self._open.phase!r} unasked or twice")
+        asked = self._asked[node]
+        reply = decode_reply(data, limit=largest_reply(self._state, asked))
+        self._state.admissions.check_sender(node, reply.site)
         if isinstance(reply, Refused):
-            raise refusal(reply)
+            self._take_refusal(reply)
+            return
         if reply.run != self.run:
             raise WrongRound(f"site {reply.site!r} answered for run {reply.run!r}, this is {self.run!r}")
-        self._take(node, reply)
+        take_reply(self._state, node, asked, reply, nodes=self._here, now=self._clock())
         self._answered.add(node)
-        self._observe(
-            {
-                "event": "reply",
-                "phase": self._expected.phase,
-                "round": self._expected.round,
-                "site": reply.site,
-                "bytes_in": len(data),
-                "bytes_out": len(self._expected.requests[node]),
-            }
-        )
+        sizes = {"bytes_in": len(data), "bytes_out": len(self._open.requests[node])}
+        self._tell("reply", site=reply.site, answer=type(reply).__name__, **sizes)
 
-    def _take(self, node: int, reply: Reply) -> None:
-        match self._expected.phase:
-            case "plan":
-                self._take_admission(node, self._wanted(reply, PlanAdmitted))
-            case "key":
-                self._take_envelopes(node, self._wanted(reply, KeysSealed))
-            case "round" | "close":
-                self._take_update(node, self._wanted(reply, UpdateReply))
-            case "release":
-                self._take_approval(node, self._wanted(reply, ReleaseApproved))
+    def reject(self, node: int, error: FedseekError) -> None:
+        """Record that a reply of this node was refused. Unless a right one follows, the site counts as missing."""
+        site = self._state.admissions.sites.get(node)
+        self._tell("rejected", node=node, site=site, code=error.code, text=error.message)
 
-    def _wanted(self, reply: Reply, kind: type[R]) -> R:
-        if not isinstance(reply, kind):
-            raise WrongRound(f"site {reply.site!r}: got {type(reply).__name__}, wanted {kind.__name__}")
-        return reply
+    def _take_refusal(self, reply: Refused) -> None:
+        """A site that finds too few others gives up the round, as this side would; any other "no" ends the run."""
+        if reply.code != CohortTooSmall.__name__:
+            raise refusal(reply)
+        self._tell("declined", site=reply.site, code=reply.code)
 
-    def _open(self, phase: str, number: int, requests: Mapping[int, bytes]) -> Exchange:
-        self._expected = Exchange(phase, number, requests)
-        self._answered = set()
-        self._digests = {}
-        self._observe({"event": "phase", "phase": phase, "round": number, "sites": len(requests)})
-        return self._expected
-
-    def _limit(self) -> int:
-        if self._expected.phase in ("plan", "key"):
-            return SETUP_REPLY_BYTES
-        values = max(sum(admitted.num_values.values()) for admitted in self._admitted.values())
-        # a released adapter travels as float32, lora_A beside lora_B; an update as ciphertexts of 8 bytes a slot
-        return reply_limit(sum(self._ciphertexts().values()), 16 * self.plan.packing.params.slot_count) + 16 * values
-
-    def _take_admission(self, node: int, reply: PlanAdmitted) -> None:
-        entry = self.roster.entry(reply.site)
-        if reply.site in self._sites.values():
-            raise WrongRound(f"site {reply.site!r} was admitted twice")
-        signed = join_fields(self.run.encode(), self.plan.digest.encode(), self.roster.digest())
-        verify(entry, CONTEXT_PLAN, signed, reply.signature)
-        if reply.model_sha256 != self.plan.spec.model.sha256:
-            raise WrongModel(f"site {reply.site!r} holds base model {reply.model_sha256}, the plan names another")
-        scopes = set(self.plan.scopes(entry.kind))
-        if set(reply.ciphertexts) != scopes or set(reply.num_values) != scopes:
-            raise Malformed(
-                f"site {reply.site!r} announced scopes {sorted(reply.ciphertexts)}, wanted {sorted(scopes)}"
+    def _admit(self) -> Iterator[Exchange]:
+        self._look()
+        key_maker = min(self._here, default=None)  # which site it is shows when it answers
+        yield from self._ask("plan", 1, plan_offers(self._state, self._here, 1, key_maker=key_maker))
+        connected, absent = self._look(), self._state.admissions.missing()
+        if absent:
+            self._tell("absent", sites=list(absent))
+        wanted = self.plan.spec.cohort.min_sites
+        if len(connected) < wanted:
+            raise CohortTooSmall(
+                f"{len(connected)} sites admitted the plan, wanted at least {wanted}",
+                hint=f"not admitted: {', '.join(absent) or 'none'}; the rest are no longer connected",
             )
-        for scope in scopes:
-            self._check_same_size(scope, reply)
-        self._sites[node] = reply.site
-        self._admitted[reply.site] = reply
+        if self._state.envelopes.epoch == NO_EPOCH:
+            yield from self._make_key(0, 1, connected)
+        if self._state.envelopes.epoch == NO_EPOCH:
+            raise CohortTooSmall("no site made a group key", hint="each that admitted the plan was asked")
 
-    def _check_same_size(self, scope: str, reply: PlanAdmitted) -> None:
-        for other in self._admitted.values():
-            if scope not in other.num_values:
-                continue
-            if (other.num_values[scope], other.ciphertexts[scope]) != (
-                reply.num_values[scope],
-                reply.ciphertexts[scope],
-            ):
-                raise WrongModel(
-                    f"site {reply.site!r} trains {reply.num_values[scope]} values of {scope!r}, "
-                    f"site {other.site!r} {other.num_values[scope]}",
-                    hint="the base models differ in shape, or one site runs another version of FedSeek",
-                )
+    def _deal(self) -> Iterator[Exchange]:
+        connected = self._look()
+        self._state.pipeline.fix_list(1, connected)
+        yield from self._ask("shares", 1, share_requests(self._state, connected, 1))
 
-    def _check_cohort(self) -> None:
-        self._all_answered()
-        missing = sorted(set(self.roster.names) - set(self._sites.values()))
-        if missing:
-            raise CohortTooSmall(f"no answer from {', '.join(missing)}", hint="every site of the roster must be there")
+    def _play_round(self, number: int, phase: str) -> Iterator[Exchange]:
+        state = self._state
+        yield from self._rotate(number)
+        connected = self._look()
+        if number < state.closing:
+            state.pipeline.fix_list(number + 1, connected)
+        state.open_round(number, state.pipeline.participants(number, connected))
+        yield from self._ask(phase, number, round_requests(state, connected, number))
+        self._look()
+        yield from self._ask("unmask", number, unmask_requests(state, self._here, number))
+        self._end_round(number, phase)
 
-    def _all_answered(self) -> None:
-        missing = sorted(self._sites.get(node, str(node)) for node in set(self._expected.requests) - self._answered)
-        if missing:
-            raise CohortTooSmall(f"{self._expected.phase}: no answer from {', '.join(missing)}")
+    def _end_round(self, number: int, phase: str) -> None:
+        """Open the sum, or give the round up; either way the next one begins."""
+        state = self._state
+        try:
+            ended = self._finish_round(number, phase)
+        except (CohortTooSmall, MessageError, CustodyError) as error:
+            self._observe({"event": "round-failed", "round": number, "code": error.code, "text": error.message})
+            ended = given_up(number, state.envelopes.epoch)
+        state.masked = None
+        state.history.ended.append(ended)
+        state.pipeline.forget(number)
 
-    def _take_envelopes(self, node: int, reply: KeysSealed) -> None:
-        self._check_sender(node, reply.site)
-        if reply.epoch != EPOCH or set(reply.envelopes) != set(self.roster.names):
-            raise Malformed(f"site {reply.site!r} sealed the key of epoch {reply.epoch} to {sorted(reply.envelopes)}")
-        self._envelopes = dict(reply.envelopes)
+    def _finish_round(self, number: int, phase: str) -> AggregateDown:
+        masked, started = self._state.masked, time.perf_counter()
+        if masked is None:
+            raise CohortTooSmall(f"round {number}: too few sites could take part")
+        ended = finish_round(masked)
+        unmasking = time.perf_counter() - started
+        self._observe({"event": "aggregated", "phase": phase, "round": number, "seconds": masked.adding_seconds})
+        who = {"survivors": list(masked.survivors), "vanished": list(masked.vanished)}
+        self._observe({"event": "unmasked", "round": number, "seconds": unmasking, **who})
+        return ended
 
-    def _take_update(self, node: int, reply: UpdateReply) -> None:
-        self._check_sender(node, reply.site)
-        if reply.round != self._expected.round:
-            raise WrongRound(f"site {reply.site!r} answered for round {reply.round}, wanted {self._expected.round}")
-        entry = self.roster.entry(reply.site)
-        verify(entry, CONTEXT_ADAPTER, digest_message(self.run, reply.round, reply.digests), reply.signature)
-        self._check_digests(reply.site, reply.digests)
-        wanted = set(self.plan.scopes(entry.kind)) & set(self._sum().expected)
-        if {scoped.scope for scoped in reply.update} != wanted:
-            raise Malformed(
-                f"site {reply.site!r} sent scopes {[s.scope for s in reply.update]}, wanted {sorted(wanted)}"
-            )
-        started = time.perf_counter()
-        agg_update(self._sum(), reply.update)
-        self._aggregate_seconds += time.perf_counter() - started
-        self._keep_digests(reply.site, reply.digests)
+    def _rotate(self, number: int) -> Iterator[Exchange]:
+        """Have the next group key made, if it is time. Should nobody make it, the old one stays: sites know its age."""
+        envelopes = self._state.envelopes
+        if not (self._rotation_wanted or envelopes.is_old(now=self._clock())):
+            return
+        connected, epoch = self._look(), envelopes.epoch + 1
+        there = self._state.pipeline.participants(number, connected)
+        able = {site: connected[site] for site in there if envelopes.can_make_next(site)}
+        yield from self._make_key(epoch, number, able)
+        if envelopes.epoch == epoch:
+            self._rotation_wanted = False
+        else:
+            self._observe({"event": "rotation-postponed", "round": number, "epoch": epoch})
 
-    def _take_approval(self, node: int, reply: ReleaseApproved) -> None:
-        self._check_sender(node, reply.site)
-        signed = release_message(self.run, reply.digests, reply.statement)
-        verify(self.roster.entry(reply.site), CONTEXT_RELEASE, signed, reply.signature)
-        self._check_digests(reply.site, reply.digests)
-        self._keep_digests(reply.site, reply.digests)
-        self.approvals[reply.site] = reply
+    def _make_key(self, epoch: int, number: int, sites: Mapping[str, int]) -> Iterator[Exchange]:
+        """Ask one site after another until one has made the key."""
+        for node in sites.values():
+            yield from self._ask("key", number, {node: KeyRequest(run=self.run, epoch=epoch)})
+            if self._state.envelopes.epoch == epoch:
+                return
 
-    def _check_sender(self, node: int, site: str) -> None:
-        if self._sites.get(node) != site:
-            raise WrongRound(f"node {node} was admitted as {self._sites.get(node)!r} and now answers as {site!r}")
+    def _ask(self, phase: str, number: int, requests: Mapping[int, Request]) -> Iterator[Exchange]:
+        """One exchange; none if nobody is asked. Whoever has not answered when it is over is missing."""
+        if not requests:
+            return
+        encoded = {node: encode_message(request) for node, request in requests.items()}
+        self._open, self._asked, self._answered = Exchange(phase, number, encoded), requests, set()
+        self._tell("phase", sites=len(requests))
+        yield self._open
+        for node in requests:
+            if node not in self._answered:
+                self._tell("dropout", node=node, site=self._state.admissions.sites.get(node))
+        self._asked = {}
 
-    def _check_digests(self, site: str, digests: Mapping[str, bytes]) -> None:
-        """Every site of a scope must start the round from the same tensors (docs/protocol.md, apply)."""
-        wanted = set(self.plan.scopes(self.roster.entry(site).kind))
-        if set(digests) != wanted:
-            raise Malformed(f"site {site!r} signed digests of {sorted(digests)}, wanted {sorted(wanted)}")
-        for scope, digest in digests.items():
-            first, agreed = self._digests.get(scope, (site, digest))
-            if digest != agreed:
-                raise AdapterDiverged(
-                    f"round {self._expected.round}: site {site!r} holds other values of {scope!r} than site {first!r}",
-                    hint="the run stops before they are mixed; compare versions and hardware of the two sites",
-                )
+    def _tell(self, event: str, **details: object) -> None:
+        self._observe({"event": event, "phase": self._open.phase, "round": self._open.round, **details})
 
-    def _keep_digests(self, site: str, digests: Mapping[str, bytes]) -> None:
-        """What the next sites are compared with; only of a reply that was taken whole."""
-        for scope, digest in digests.items():
-            self._digests.setdefault(scope, (site, digest))
-
-    def _ciphertexts(self) -> dict[str, int]:
-        return {scope: n for admitted in self._admitted.values() for scope, n in admitted.ciphertexts.items()}
-
-    def _start_sum(self, expected: Mapping[str, int]) -> None:
-        self._aggregate = agg_init(self.plan.packing.params, expected, max_sites=self.plan.packing.max_sites)
-        self._aggregate_seconds = 0.0
-
-    def _sum(self) -> Aggregate:
-        if self._aggregate is None:
-            raise WrongRound("no round is open")
-        return self._aggregate
-
-    def _finish_sum(self) -> tuple[ScopedSum, ...]:
-        self._all_answered()
-        started = time.perf_counter()
-        sums = agg_finish(self._sum(), min_sites=MIN_SITES_IN_SUM)
-        self._aggregate_seconds += time.perf_counter() - started
-        self._observe(
-            {
-                "event": "aggregated",
-                "phase": self._expected.phase,
-                "round": self._expected.round,
-                "seconds": self._aggregate_seconds,
-            }
-        )
-        return sums
-
-    def _round_requests(self, number: int, sums: tuple[ScopedSum, ...]) -> dict[int, bytes]:
-        return {
-            node: encode_message(
-                RoundRequest(
-                    run=self.run,
-                    round=number,
-                    envelope=self._envelopes[site] if number == 1 else None,
-                    previous=self._down(site, number - 1, sums) if number > 1 else None,
-                )
-            )
-            for node, site in self._sites.items()
-        }
-
-    def _close_requests(self, rounds: int, sums: tuple[ScopedSum, ...]) -> dict[int, bytes]:
-        return {
-            node: encode_message(CloseRequest(run=self.run, round=rounds, previous=self._down(site, rounds, sums)))
-            for node, site in self._sites.items()
-        }
-
-    def _release_requests(self, rounds: int, metrics: tuple[ScopedSum, ...]) -> dict[int, bytes]:
-        first = min(self._sites.values())
-        return {
-            node: encode_message(
-                ReleaseRequest(run=self.run, metrics=self._down(site, rounds, metrics), send_adapter=site == first)
-            )
-            for node, site in self._sites.items()
-        }
-
-    def _down(self, site: str, number: int, sums: tuple[ScopedSum, ...]) -> AggregateDown:
-        scopes = self.plan.scopes(self.roster.entry(site).kind)
-        return AggregateDown(round=number, sums=tuple(total for total in sums if total.scope in scopes))
-
-
-def refusal(reply: Refused) -> FedseekError:
-    """A site's "no" as an error of this side: by which rule, and with the exit code of its family."""
-    if reply.code == PlanRefused.__name__:
-        return PlanRefused(reply.site, f"{reply.rule} ({reply.code})", hint="the site's own log says more")
-    return SiteRefused(reply.site, reply.code, reply.rule)
+    def _look(self) -> dict[str, int]:
+        """See who is there now: the admitted sites and their nodes, in roster order."""
+        self._here = sorted(self._nodes())
+        return self._state.admissions.connected(self._here)

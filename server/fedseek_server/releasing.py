@@ -1,4 +1,4 @@
-"""What the coordinator may write when every site has approved: the adapter and the sites' signed statements."""
+"""What the coordinator may write when every site in the adapter has approved: the adapter and the sites' signed statements."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ def write_release(coordinator: Coordinator, folder: Path) -> None:
     """Write the release folder, all or nothing.
 
     Raises:
-        ReleaseRefused: a site has not approved, or the adapter that was sent is not the one all signed for.
+        ReleaseRefused: a site whose update is in the adapter has not approved, or the adapter that was sent is not the
+            one all signed for.
         Malformed: a statement does not parse or speaks of another run, plan or site.
     """
     approvals = coordinator.approvals
-    missing = sorted(set(coordinator.roster.names) - set(approvals))
-    if missing:
-        raise ReleaseRefused(f"no approval from {', '.join(missing)}")
+    missing = [site for site in coordinator.contributors if site not in approvals]
+    if missing or not approvals:
+        raise ReleaseRefused(
+            f"no approval from {', '.join(missing) or 'any site'}",
+            hint="every site whose update is in the adapter must approve; play the run again with them there",
+        )
     statements = [_statement_of(coordinator, approvals[site]) for site in sorted(approvals)]
     adapter = _adapter_of(list(approvals.values()), statements)
 

@@ -15,6 +15,7 @@ from fedseek.he.ciphertext import (
     save_ciphertext,
     seal_context,
     subtract_in_place,
+    subtract_slots,
 )
 from fedseek.he.keys import SecretKey, decrypt_slots, encrypt_slots
 from fedseek.he.packing import choose_packing
@@ -64,7 +65,7 @@ def test_foreign_bytes_are_refused(name):
 
 
 def test_seal_alone_would_have_taken_trailing_bytes():
-    # The reason for check_frame: if SEAL ever refuses these itself, this test says that the guard may go.
+    # The reason for open_frame: if SEAL ever refuses these itself, this test says that the guard may go.
     context = seal_context(PARAMS)
     sealfile.load_object(sealapi.Ciphertext(context), BAD["trailing bytes, size rewritten"], context=context)
 
@@ -115,6 +116,48 @@ def test_subtraction_undoes_addition_bit_for_bit():
     expected = (SLOTS + SLOTS[::-1]) % np.uint64(PARAMS.plain_modulus)
     assert (decrypt_slots(KEY, [save_ciphertext(running)]) == expected).all()
     subtract_in_place(PARAMS, running, addend)
+    assert save_ciphertext(running) == SUMMED
+
+
+def decrypted(running):
+    return decrypt_slots(KEY, [save_ciphertext(running)])
+
+
+def test_known_slots_are_subtracted_modulo_t_under_encryption():
+    known = np.random.default_rng(4).integers(0, PARAMS.plain_modulus, size=4096, dtype=np.uint64)  # many above SLOTS
+    running = load_ciphertext(PARAMS, FRESH, form=CiphertextForm.FRESH)
+    before = save_ciphertext(running)
+    subtract_slots(PARAMS, running, known)
+    t = PARAMS.plain_modulus
+    assert decrypted(running).tolist() == [(a - b) % t for a, b in zip(SLOTS.tolist(), known.tolist(), strict=True)]
+    assert save_ciphertext(running) != before
+
+
+def test_zeros_subtracted_leave_the_ciphertext_as_it_is():
+    running = load_ciphertext(PARAMS, FRESH, form=CiphertextForm.FRESH)
+    subtract_slots(PARAMS, running, np.zeros(4096, dtype=np.uint64))
+    assert save_ciphertext(running) == SUMMED
+
+
+def test_known_slots_come_off_the_largest_sum_of_the_plan_exactly():
+    # The noise budget counts one plaintext subtracted from max_sites updates; masked slots are anywhere below t.
+    t, rng = PARAMS.plain_modulus, np.random.default_rng(5)
+    addends = rng.integers(0, t, size=(8, 4096), dtype=np.uint64)
+    known = rng.integers(0, t, size=4096, dtype=np.uint64)
+    running, *others = (
+        load_ciphertext(PARAMS, encrypt_slots(KEY, slots)[0], form=CiphertextForm.FRESH) for slots in addends
+    )
+    for other in others:
+        add_in_place(PARAMS, running, other)
+    subtract_slots(PARAMS, running, known)
+    expected = (addends.sum(axis=0) + np.uint64(t) - known) % np.uint64(t)  # 9 numbers below 2^48: no overflow
+    assert (decrypted(running) == expected).all()
+
+
+def test_what_does_not_fit_the_slots_is_not_subtracted():
+    running = load_ciphertext(PARAMS, FRESH, form=CiphertextForm.FRESH)
+    with pytest.raises(ValueError):
+        subtract_slots(PARAMS, running, np.zeros(4097, dtype=np.uint64))
     assert save_ciphertext(running) == SUMMED
 
 

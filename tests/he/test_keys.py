@@ -1,5 +1,7 @@
 import copy
+import hmac
 import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -97,6 +99,30 @@ def test_fingerprint_tells_keys_apart_and_is_short():
     names = {SecretKey.generate(PARAMS).fingerprint() for _ in range(4)}
     assert len(names) == 4
     assert all(len(name) == 32 and int(name, 16) >= 0 for name in names)
+
+
+def test_derived_keys_depend_on_key_and_purpose_alone():
+    purposes = [b"", b"a", b"b", b"a\0", "标签".encode()]
+    other = SecretKey.generate(PARAMS)
+    derived = [key.derive(purpose) for key in (KEY, other) for purpose in purposes]
+    assert len(set(derived)) == len(derived)
+    assert {len(key) for key in derived} == {32}
+    again = SecretKey.from_bytes(PARAMS, KEY.to_bytes())
+    assert [again.derive(purpose) for purpose in purposes] == derived[: len(purposes)]
+
+
+def test_derived_key_is_hkdf_of_parameters_and_coefficients():
+    # By RFC 5869 from its own two HMACs: another reader of the definition must get the same key.
+    coefficients = [KEY._seal_key.data().data(place) for place in range(PARAMS.poly_modulus_degree)]
+    content = f"4096,(58,),{PARAMS.plain_modulus}\0".encode() + struct.pack("<4096Q", *coefficients)
+    extracted = hmac.digest(b"fedseek/he/derive/v1", content, "sha256")
+    assert KEY.derive(b"purpose") == hmac.digest(extracted, b"purpose\x01", "sha256")
+
+
+def test_derived_key_has_no_stretch_of_the_key_and_not_its_public_name():
+    derived = KEY.derive(b"purpose")
+    assert not any(derived[start : start + 4] in KEY.to_bytes() for start in range(29))
+    assert KEY.fingerprint() not in derived.hex()
 
 
 def test_key_shows_itself_nowhere():

@@ -1,131 +1,155 @@
-"""The coordinator against real sites: a whole run, and each reply that it must refuse."""
+"""The coordinator with played sites: a whole run, what is asked in it, and what the coordinator gets to see."""
 
 import msgspec
 import numpy as np
 import pytest
+from played_sites import ANNA, BEIAN, FOUR, HARBOUR, RENJI, RUN, at, federate, lost, played_plan
 
-from fedseek.errors import (
-    AdapterDiverged,
-    CohortTooSmall,
-    FedseekError,
-    Malformed,
-    PlanRefused,
-    TooLarge,
-    WrongKey,
-    WrongModel,
-    WrongRound,
-)
-from fedseek.he.ciphertext import ScopedCiphertexts
-from fedseek.he.keys import SecretKey, encrypt_slots
-from fedseek.he.packing import choose_packing
+from fedseek.errors import CohortTooSmall, PlanRefused, SiteRefused, WrongRound
 from fedseek.identity.keys import SiteIdentity
-from fedseek.identity.roster import Roster
-from fedseek.identity.signing import CONTEXT_ADAPTER, CONTEXT_PLAN, CONTEXT_RELEASE, join_fields, sign
-from fedseek.messages import (
-    UpdateReply,
-    decode_reply,
-    decode_request,
-    digest_message,
-    encode_message,
-    release_message,
-)
-from fedseek_server.coordinator import Coordinator
+from fedseek.messages import MASK_KEY, SELF_MASK, Refused, RoundRequest, UnmaskRequest, decode_request, encode_message
+from fedseek_server.coordinator import Exchange
 
-RUN = "试运行-1"
-FIRST, SECOND = "harbour-bank", "st-anna"  # in roster order, which is by code point
-FIRST_TO_ANSWER = "北岸银行"
+ROSTER_ORDER = (HARBOUR, ANNA, RENJI, BEIAN)
 
 
-def node_of(cohort, name: str) -> int:
-    return next(node for node, service in cohort.services.items() if service.identity.name == name)
+def no(site, code, *, rule="a rule"):
+    """A reply that says no."""
+    return lambda data: encode_message(Refused(run=RUN, site=site, code=code, rule=rule))
 
 
-def change(data: bytes, **fields) -> bytes:
-    return encode_message(msgspec.structs.replace(decode_reply(data), **fields))
+def asked_of(federated, phase, number):
+    """By site, what it was asked in one exchange."""
+    exchange = next(each for each in federated.exchanges if (each.phase, each.round) == (phase, number))
+    return {federated.sites[node].name: decode_request(data) for node, data in exchange.requests.items()}
 
 
-def at(phase, number, site, alter):
-    """Alter the reply of one site in one exchange; leave all others alone."""
-    return lambda *where_and_data: (
-        alter(where_and_data[3]) if where_and_data[:3] == (phase, number, site) else where_and_data[3]
-    )
+def test_a_whole_run_ends_with_every_site_approving_the_same_adapter():
+    federated = federate(played_plan(rounds=3))
+    federated.play()
+    assert tuple(federated.coordinator.approvals) == ROSTER_ORDER
+    assert federated.coordinator.contributors == ROSTER_ORDER
+    assert federated.ended == dict.fromkeys((1, 2, 3, 4), ROSTER_ORDER)
+    for name, _ in FOUR:
+        federated.check_adapter(name)
+    assert not federated.events("dropout") + federated.events("rejected") + federated.events("round-failed")
 
 
-def resigned(cohort, signer, data, *, context=CONTEXT_ADAPTER, sender=None, **fields) -> bytes:
-    """Alter an update and sign it again, as a site that lies would."""
-    reply = decode_reply(data)
-    reply = msgspec.structs.replace(reply, site=sender or reply.site, **fields)
-    signed = digest_message(reply.run, reply.round, reply.digests)
-    return encode_message(msgspec.structs.replace(reply, signature=sign(cohort.site(signer).identity, context, signed)))
-
-
-def with_first_ciphertext(data: bytes, replace) -> bytes:
-    first, *rest = decode_reply(data).update
-    ciphertexts = (replace(first.ciphertexts[0]), *first.ciphertexts[1:])
-    return change(data, update=(ScopedCiphertexts(first.scope, ciphertexts), *rest))
-
-
-def foreign_ciphertext(value_bits, max_sites) -> bytes:
-    params = choose_packing(value_bits, max_sites).params
-    return encrypt_slots(SecretKey.generate(params), np.arange(8, dtype=np.uint64))[0]
-
-
-@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
-def test_a_whole_run_ends_with_every_site_approving_the_same_tensors(make_cohort, private):
-    cohort = make_cohort(private=private)
-    cohort.play()
-    approvals = cohort.coordinator.approvals
-    assert sorted(approvals) == sorted(cohort.coordinator.roster.names)
-    digests = [(scope, digest) for reply in approvals.values() for scope, digest in reply.digests.items()]
-    assert len(digests) == 8
-    assert len(set(digests)) == 3  # the adapter, and a head for each kind
-
-    start = {digest for service in cohort.services.values() for digest in first_digests(cohort, service)}
-    assert not start & {digest for _, digest in digests}, "a run that moved nothing agrees too"
-
-
-def first_digests(cohort, service):
-    update = next(
-        reply
-        for reply in map(decode_reply, cohort.seen[1::2])
-        if isinstance(reply, UpdateReply) and reply.site == service.identity.name
-    )
-    return update.digests.values()
-
-
-def test_the_exchanges_are_those_of_the_protocol_in_order(make_cohort):
-    cohort = make_cohort()
-    cohort.play()
-    told = cohort.events["coordinator"]
-    phases = [(event["phase"], event["round"], event["sites"]) for event in told if event["event"] == "phase"]
-    assert phases == [
-        ("plan", 0, 4),
-        ("key", 0, 1),
+def test_the_exchanges_are_those_of_the_protocol_in_order():
+    federated = federate(played_plan())
+    federated.play()
+    assert federated.events("phase", "phase", "round", "sites") == [
+        ("plan", 1, 4),
+        ("shares", 1, 4),
         ("round", 1, 4),
+        ("unmask", 1, 4),
         ("round", 2, 4),
-        ("close", 2, 4),
-        ("release", 2, 4),
+        ("unmask", 2, 4),
+        ("close", 3, 4),
+        ("release", 3, 4),
     ]
-    sums = [(event["phase"], event["round"]) for event in told if event["event"] == "aggregated"]
-    assert sums == [("round", 1), ("round", 2), ("close", 2)]
-    bytes_told = sum(event["bytes_in"] + event["bytes_out"] for event in told if event["event"] == "reply")
-    assert bytes_told == sum(map(len, cohort.seen))
+    assert federated.events("aggregated", "phase", "round") == [("round", 1), ("round", 2), ("close", 3)]
+    unmasked = federated.events("unmasked", "round", "survivors", "vanished")
+    assert unmasked == [(number, list(ROSTER_ORDER), []) for number in (1, 2, 3)]
+    assert all(seconds > 0 for (seconds,) in federated.events("unmasked", "seconds"))
 
 
-def test_a_sum_goes_only_to_the_members_of_its_scope(make_cohort):
-    cohort = make_cohort()
-    exchange = cohort.play(until=("round", 2))
+def test_every_byte_is_accounted_for():
+    federated = federate(played_plan())
+    seen = []
+    federated.play(reply=lambda phase, number, site, data: seen.append(data) or data)
+    assert sum(size for (size,) in federated.events("reply", "bytes_in")) == sum(map(len, seen))
+    sent = sum(len(data) for exchange in federated.exchanges for data in exchange.requests.values())
+    assert sum(size for (size,) in federated.events("reply", "bytes_out")) == sent
+
+
+def test_the_same_replies_give_the_same_requests():
+    """A run that is played again from its record asks the same: nothing is drawn here, and no order is left to chance."""
+    federated = federate(played_plan())
+    replies = {}
+    federated.play(reply=lambda *where_and_data: replies.setdefault(where_and_data[:3], where_and_data[3]))
+    again = federate(played_plan())
+    again.coordinator = type(federated.coordinator)(
+        federated.coordinator.plan, federated.coordinator.roster, run=RUN, observe=again.told.append
+    )
+    exchanges = []
+    for exchange in again.coordinator.play(lambda: [103, 101, 102, 100]):
+        exchanges.append(exchange)
+        for node in reversed(list(exchange.requests)):  # and replies may come in any order
+            again.coordinator.receive(node, replies[exchange.phase, exchange.round, federated.sites[node].name])
+    assert exchanges == federated.exchanges
+    assert [list(each.requests) for each in exchanges] == [list(each.requests) for each in federated.exchanges]
+
+
+def test_a_sum_goes_only_to_the_members_of_its_scope():
+    federated = federate(played_plan())
+    exchange = federated.play(until=("round", 2))
     got = {
-        cohort.services[node].identity.kind: [each.scope for each in decode_request(request).previous.sums]
-        for node, request in exchange.requests.items()
+        federated.sites[node].identity.kind: [each.scope for each in decode_request(data).previous[0].sums]
+        for node, data in exchange.requests.items()
     }
     assert got == {"bank": ["global", "kind/bank"], "hospital": ["global", "kind/hospital"]}
 
 
-# --- the group key -------------------------------------------------------------------------------------------------
+def test_boxes_and_keys_go_to_the_neighbours_they_are_for():
+    federated = federate(played_plan())
+    federated.play()
+    for name, request in asked_of(federated, "round", 1).items():
+        others = [each for each in ROSTER_ORDER if each != name]
+        assert isinstance(request, RoundRequest)
+        assert list(request.boxes) == others
+        assert [keys.site for keys in request.next_keys] == others
+        assert {keys.round for keys in request.next_keys} == {2}
+        assert request.participants == request.next_listed == (0, 1, 2, 3)
+    for name, request in asked_of(federated, "close", 3).items():
+        assert (request.next_listed, request.next_keys) == ((), ())
+        assert list(request.boxes) == [each for each in ROSTER_ORDER if each != name]
+    for name, request in asked_of(federated, "unmask", 2).items():
+        assert isinstance(request, UnmaskRequest)
+        assert sorted(request.presence) == sorted(each for each in ROSTER_ORDER if each != name)
 
 
-def key_windows(key: SecretKey, step: int = 16, size: int = 32):
+def test_an_envelope_is_sent_until_the_site_is_known_to_have_it():
+    federated = federate(played_plan())
+    federated.play(reply=lost(("round", 1, ANNA)))
+    assert all(list(request.envelopes) == [0] for request in asked_of(federated, "round", 1).values())
+    stayed = {name: request for name, request in asked_of(federated, "round", 2).items() if name != ANNA}
+    assert [request.envelopes for request in stayed.values()] == [{}, {}, {}]
+    back = asked_of(federated, "close", 3)
+    assert {name: list(request.envelopes) for name, request in back.items()} == {
+        HARBOUR: [],
+        ANNA: [0],
+        RENJI: [],
+        BEIAN: [],
+    }
+
+
+def test_a_head_that_too_few_sites_share_is_neither_summed_nor_missed():
+    sites = (*FOUR[:3], ("clinic", "clinic"))  # one hospital, one clinic
+    federated = federate(played_plan(kinds=("bank", "hospital", "clinic")), sites)
+    federated.play()
+    assert [each.scope for each in federated.coordinator._state.history.ended[0].sums] == ["global", "kind/bank"]
+    closing = federated.coordinator._state.history.ended[-1]
+    assert [each.scope for each in closing.sums] == ["kind/bank"]
+    assert len(closing.survivors) == 4, "a site with nothing to send in the closing round is there all the same"
+    assert len(federated.coordinator.approvals) == 4
+    federated.check_adapter("clinic")
+
+
+def test_a_run_in_which_no_head_is_shared_closes_without_a_sum():
+    kinds = ("bank", "hospital", "clinic")
+    federated = federate(played_plan(kinds=kinds), [(f"site-{kind}", kind) for kind in kinds])
+    federated.play()
+    phases = [phase for phase, number in federated.events("phase", "phase", "round") if number == 3]
+    assert phases == ["close", "release"], "there is nothing to unmask"
+    assert len(federated.coordinator.approvals) == 3
+    federated.check_adapter("site-clinic")
+
+
+# --- what the coordinator gets to see -------------------------------------------------------------------------------
+
+
+def key_windows(key, step=16, size=32):
     """Stretches of the secret: of the raw coefficients and of the file that is sealed, past its header."""
     polynomial = key._seal_key.data()
     degree = key.params.poly_modulus_degree
@@ -136,294 +160,163 @@ def key_windows(key: SecretKey, step: int = 16, size: int = 32):
     return windows | {saved[i : i + size] for i in range(256, len(saved) - size, step)}
 
 
-def test_the_group_key_is_in_no_message_that_the_coordinator_sees(make_cohort):
-    cohort = make_cohort()
-    cohort.play()
-    keys = {service._run._group_key().to_bytes() for service in cohort.services.values()}
+def carried_by(federated, **options):
+    replies = []
+
+    def keep(phase, number, site, data):
+        replies.append(data)
+        return data
+
+    federated.play(reply=keep, **options)
+    return b"\0".join([*replies, *(data for each in federated.exchanges for data in each.requests.values())])
+
+
+def test_the_group_key_is_in_no_message_that_the_coordinator_sees():
+    federated = federate(played_plan())
+    carried = carried_by(federated)
+    keys = {site.group_keys[0].secret.to_bytes() for site in federated.sites.values()}
     assert len(keys) == 1, "all sites hold the same key"
-    windows = key_windows(cohort.site(FIRST)._run._group_key())
+    windows = key_windows(federated.site(ANNA).group_keys[0].secret)
     assert len(windows) > 2000
-    carried = b"\0".join(cohort.seen)
     assert len(carried) > 1_000_000
     assert not [window for window in windows if window in carried]
-    (key,) = keys
-    assert any(window in b"\0".join([b"any", b"message", key]) for window in windows), "the search finds a key"
+    assert any(window in b"\0".join([b"any", b"message", *keys]) for window in windows), "the search finds a key"
 
 
-# --- refused admissions and keys -----------------------------------------------------------------------------------
+def test_of_no_site_both_halves_are_revealed_and_no_seed_is_ever_sent():
+    federated = federate(played_plan())
+    carried = carried_by(federated, away=lambda phase, number, site: (phase, number, site) == ("round", 2, ANNA))
+    for site in federated.sites.values():
+        for secrets in site.secrets.values():
+            assert secrets.mask_seed not in carried
+            assert secrets.share_key not in carried
+            assert secrets.self_seed not in carried
+    revealed = set()
+    for holder in federated.sites.values():
+        for number, held in holder.held.items():
+            for dealer, shares in held.items():
+                opened = (shares.shares[SELF_MASK] in carried, shares.shares[MASK_KEY] in carried)
+                vanished = (number, dealer) == (2, ANNA)
+                asked = (number, holder.name) != (
+                    2,
+                    ANNA,
+                ) and number < 3  # heads, alone in the closing round, need none
+                assert opened == (asked and not vanished, asked and vanished)
+                revealed.add((number, dealer, opened))
+    assert (2, ANNA, (False, True)) in revealed
+    assert (2, RENJI, (True, False)) in revealed
 
 
-@pytest.mark.parametrize(
-    ("fields", "error", "text"),
-    [
-        ({"run": "another"}, WrongRound, "answered for run 'another'"),
-        ({"model_sha256": "0" * 64}, WrongModel, "holds base model 0000"),
-        ({"signature": bytes(64)}, WrongKey, "signature does not verify"),
-        ({"site": FIRST}, WrongRound, "'harbour-bank' was admitted twice"),
-        ({"site": "stranger"}, WrongKey, "'stranger' is not on the roster"),
-        ({"ciphertexts": {"global": 1}}, Malformed, "announced scopes"),
-        ({"num_values": {"global": 128, "kind/bank": 34}}, Malformed, "announced scopes"),
-        ({"num_values": {"global": 129, "kind/hospital": 51}}, WrongModel, "trains 129 values of 'global'"),
-    ],
-)
-def test_an_admission_that_is_not_what_was_asked_is_refused(make_cohort, fields, error, text):
-    cohort = make_cohort()
-    with pytest.raises(error, match=text):
-        cohort.play(reply=at("plan", 0, SECOND, lambda data: change(data, **fields)))
-    assert SECOND not in cohort.coordinator._sites.values()
+# --- driving it -----------------------------------------------------------------------------------------------------
 
 
-def test_an_admission_in_anothers_name_is_refused(make_cohort):
-    cohort = make_cohort()
-    with pytest.raises(WrongKey, match="does not verify with the key of site 'st-anna'"):
-        cohort.play(reply=at("plan", 0, FIRST_TO_ANSWER, lambda data: change(data, site=SECOND)))
-
-
-def test_an_admission_signed_for_another_plan_is_refused(make_cohort):
-    cohort = make_cohort()
-    signed = join_fields(RUN.encode(), b"0" * 64, cohort.coordinator.roster.digest())
-    signature = sign(cohort.site(SECOND).identity, CONTEXT_PLAN, signed)
-    with pytest.raises(WrongKey, match="does not verify with the key of site 'st-anna'"):
-        cohort.play(reply=at("plan", 0, SECOND, lambda data: change(data, signature=signature)))
-
-
-def test_a_run_does_not_begin_without_every_site_of_the_roster(make_cohort):
-    cohort = make_cohort()
-    cohort.services.pop(node_of(cohort, SECOND))
-    with pytest.raises(CohortTooSmall, match="no answer from st-anna"):
-        cohort.play()
-
-
-def test_a_site_that_does_not_answer_stops_the_round(make_cohort):
-    cohort = make_cohort()
-    exchanges = cohort.coordinator.play(list(cohort.services))
-    exchange = next(exchanges)
-    for node, request in exchange.requests.items():
-        cohort.coordinator.receive(node, cohort.services[node].handle(request))
-    next(exchanges)
-    with pytest.raises(CohortTooSmall, match="key: no answer from harbour-bank"):
-        next(exchanges)
-
-
-@pytest.mark.parametrize(
-    ("alter", "error", "text"),
-    [
-        (lambda reply: {"epoch": 1}, Malformed, "key of epoch 1"),
-        (lambda reply: {"envelopes": dict(list(reply.envelopes.items())[:3])}, Malformed, "sealed the key"),
-        (lambda reply: {"envelopes": {**reply.envelopes, "x": b""}}, Malformed, "sealed the key"),
-        (lambda reply: {"site": SECOND}, WrongRound, "was admitted as 'harbour-bank' and now answers as 'st-anna'"),
-    ],
-)
-def test_envelopes_must_be_one_for_each_site(make_cohort, alter, error, text):
-    cohort = make_cohort()
-    with pytest.raises(error, match=text):
-        cohort.play(reply=at("key", 0, FIRST, lambda data: change(data, **alter(decode_reply(data)))))
-
-
-# --- refused updates -----------------------------------------------------------------------------------------------
-
-REFUSED_UPDATES = {
-    "another run": (lambda c, d: change(d, run="another"), WrongRound, "answered for run 'another'"),
-    "an earlier round": (lambda c, d: resigned(c, FIRST_TO_ANSWER, d, round=1), WrongRound, "round 1, wanted 2"),
-    "a later round": (lambda c, d: resigned(c, FIRST_TO_ANSWER, d, round=3), WrongRound, "round 3, wanted 2"),
-    "another sender": (lambda c, d: resigned(c, FIRST, d, sender=FIRST), WrongRound, "admitted as '北岸银行'"),
-    "another signer": (lambda c, d: resigned(c, FIRST, d), WrongKey, "key of site '北岸银行'"),
-    "another purpose": (
-        lambda c, d: resigned(c, FIRST_TO_ANSWER, d, context=CONTEXT_RELEASE),
-        WrongKey,
-        "adapter-digest",
-    ),
-    "no signature": (lambda c, d: change(d, signature=bytes(64)), WrongKey, "signature does not verify"),
-    "another message": (lambda c, d: c.seen[1], WrongRound, "got PlanAdmitted, wanted UpdateReply"),
-    "no update": (lambda c, d: change(d, update=()), Malformed, "sent scopes"),
-    "too few scopes": (lambda c, d: change(d, update=decode_reply(d).update[:1]), Malformed, "sent scopes"),
-    "a scope twice": (lambda c, d: change(d, update=decode_reply(d).update * 2), Malformed, "each once"),
-    "too few digests": (
-        lambda c, d: resigned(c, FIRST_TO_ANSWER, d, digests={"global": bytes(32)}),
-        Malformed,
-        "signed digests of",
-    ),
-    "other digests and no update": (
-        lambda c, d: resigned(
-            c, FIRST_TO_ANSWER, d, update=(), digests=dict.fromkeys(decode_reply(d).digests, bytes(32))
-        ),
-        Malformed,
-        "sent scopes",
-    ),
-    "a truncated ciphertext": (lambda c, d: with_first_ciphertext(d, lambda one: one[:-1]), Malformed, "SEAL object"),
-    "a bit flipped": (
-        lambda c, d: with_first_ciphertext(d, lambda one: one[:20] + bytes([one[20] ^ 1]) + one[21:]),
-        Malformed,
-        "SEAL object",
-    ),
-    "an empty ciphertext": (lambda c, d: with_first_ciphertext(d, lambda one: b""), Malformed, "SEAL object"),
-    "a ciphertext of other parameters": (
-        lambda c, d: with_first_ciphertext(d, lambda one: foreign_ciphertext(8, 4)),
-        Malformed,
-        "SEAL object",
-    ),
-    "a sum for an update": (
-        lambda c, d: with_first_ciphertext(d, lambda one: c.summed),
-        Malformed,
-        "SEAL object",
-    ),
-    "truncated": (lambda c, d: d[:-1], Malformed, "refused"),
-    "nothing": (lambda c, d: b"", Malformed, "refused"),
-    "not MessagePack": (lambda c, d: b"\xc1" * 100, Malformed, "refused"),
-    "trailing bytes": (lambda c, d: d + b"\0", Malformed, "refused"),
-    "an unknown field": (lambda c, d: with_raw_field(d, "note", "x"), Malformed, "unknown field"),
-    "another version": (lambda c, d: with_raw_field(d, "version", 2), Malformed, "refused"),
-    "no version of ours": (lambda c, d: with_raw_field(d, "version", "1"), Malformed, "refused"),
-    "another kind": (lambda c, d: with_raw_field(d, "type", "Note"), Malformed, "refused"),
-    "a request": (lambda c, d: c.seen[0], Malformed, "refused"),
-}
-
-
-def with_raw_field(data: bytes, name: str, value: object) -> bytes:
-    document = msgspec.msgpack.decode(data)
-    assert name == "note" or name in document
-    return msgspec.msgpack.encode({**document, name: value})
-
-
-def test_an_update_that_is_refused_changes_nothing(make_cohort):
-    """Each refusal says what is wrong; after all of them the site's real answer is taken and the run completes."""
-    cohort = make_cohort()
-    outcomes = {}
-
-    def remember(phase, number, site, data):
-        if phase == "round" and number == 2:
-            cohort.summed = decode_request(data).previous.sums[0].ciphertexts[0]
-        return data
-
-    def refuse_first(data):
-        for case, (alter, _, text) in REFUSED_UPDATES.items():
-            try:
-                cohort.coordinator.receive(node_of(cohort, FIRST_TO_ANSWER), alter(cohort, data))
-            except FedseekError as error:
-                outcomes[case] = (type(error), text if text in str(error) else str(error))
-        return data
-
-    cohort.play(request=remember, reply=at("round", 2, FIRST_TO_ANSWER, refuse_first))
-    assert outcomes == {case: (error, text) for case, (_, error, text) in REFUSED_UPDATES.items()}
-    assert len(cohort.coordinator.approvals) == 4
-
-
-def test_an_oversize_reply_is_refused_before_it_is_parsed(make_cohort):
-    cohort = make_cohort()
-    with pytest.raises(TooLarge, match=r"got \d+ bytes, wanted at most \d+"):
-        cohort.play(reply=at("round", 1, SECOND, lambda data: data + bytes(8 << 20)))
-    cohort = make_cohort()
-    with pytest.raises(TooLarge):
-        cohort.play(reply=at("plan", 0, SECOND, lambda data: bytes((64 << 20) + 1)))
-
-
-def test_an_answer_given_twice_is_refused_and_is_in_the_sum_once(make_cohort):
-    cohort = make_cohort()
-    exchange = cohort.play(until=("round", 1))
-    node, request = next(iter(exchange.requests.items()))
-    answer = cohort.services[node].handle(request)
-    cohort.coordinator.receive(node, answer)
-    with pytest.raises(WrongRound, match="unasked or twice"):
-        cohort.coordinator.receive(node, answer)
-    assert cohort.coordinator._sum().contributors["global"] == 1
-
-
-def test_an_answer_from_a_node_that_was_not_asked_is_refused(make_cohort):
-    cohort = make_cohort()
-    exchange = cohort.play(until=("key", 0))
-    (asked,) = exchange.requests
-    other = next(node for node in cohort.services if node != asked)
-    with pytest.raises(WrongRound, match="unasked or twice"):
-        cohort.coordinator.receive(other, cohort.seen[1])
-
-
-def test_no_answer_is_taken_before_the_first_question(make_cohort):
-    cohort = make_cohort()
+def test_no_answer_is_taken_before_the_first_question_or_after_the_last():
+    federated = federate(played_plan())
     with pytest.raises(WrongRound, match="unasked"):
-        cohort.coordinator.receive(100, b"")
+        federated.coordinator.receive(100, b"")
+    answers = []
+    federated.play(reply=lambda *where_and_data: answers.append(where_and_data[3]) or answers[-1])
+    with pytest.raises(WrongRound, match="unasked"):
+        federated.coordinator.receive(100, answers[-1])
 
 
-def test_a_site_with_another_adapter_is_named_and_its_update_is_not_mixed_in(make_cohort):
-    cohort = make_cohort()
-
-    def drift(phase, number, site, data):
-        if (phase, number, site) == ("round", 2, SECOND):
-            cohort.site(SECOND)._run.scopes["global"].weights[5] += np.float32(2**-10)  # one value, a little
-        return data
-
-    with pytest.raises(AdapterDiverged, match=r"round 2: site 'st-anna' holds other values of 'global' than site"):
-        cohort.play(request=drift)
-    assert cohort.coordinator._sum().contributors["global"] < 4
-
-
-def test_a_head_is_compared_only_within_its_kind(make_cohort):
-    cohort = make_cohort()
-
-    def drift(phase, number, site, data):
-        if (phase, number, site) == ("round", 1, SECOND):
-            cohort.site(SECOND)._run.scopes["kind/hospital"].weights += np.float32(1)
-        return data
-
-    with pytest.raises(AdapterDiverged, match=r"'st-anna' holds other values of 'kind/hospital' than site '仁济医院'"):
-        cohort.play(request=drift)
+def test_an_answer_from_a_node_that_was_not_asked_is_refused():
+    federated = federate(played_plan())
+    answers = {}
+    exchange = federated.play(
+        until=("key", 1),
+        reply=lambda phase, number, site, data: b"" if (phase, site) == ("plan", BEIAN) else data,
+    )
+    (asked,) = exchange.requests
+    other = next(node for node in federated.sites if node not in (asked, federated.node(BEIAN)))
+    answers = federated.sites[asked].handle(exchange.requests[asked])
+    with pytest.raises(WrongRound, match="unasked or twice"):
+        federated.coordinator.receive(other, answers)
 
 
-def test_a_sites_refusal_stops_the_run_with_its_rule_and_code(make_cohort, tiny_data):
-    cohort = make_cohort(data={SECOND: tiny_data("hospital", unit=None)})
-    with pytest.raises(PlanRefused, match=r"'st-anna' refused.*names no unit column \(PlanRefused\)") as caught:
-        cohort.play()
-    assert caught.value.site == SECOND
+def test_an_exchange_is_what_the_driver_may_read():
+    exchange = next(federate(played_plan()).start())
+    assert isinstance(exchange, Exchange)
+    assert (exchange.phase, exchange.round, sorted(exchange.requests)) == ("plan", 1, [100, 101, 102, 103])
+    with pytest.raises(AttributeError):
+        exchange.phase = "release"
 
 
-# --- refused approvals ---------------------------------------------------------------------------------------------
+def test_what_is_rejected_is_on_record_with_its_code_and_site():
+    federated = federate(played_plan())
+    federated.play(reply=at("round", 1, ANNA, lambda data: data[:-1]))
+    ((phase, number, site, node, code, text),) = federated.events(
+        "rejected", "phase", "round", "site", "node", "code", "text"
+    )
+    assert (phase, number, site, node, code) == ("round", 1, ANNA, federated.node(ANNA), "Malformed")
+    assert "refused" in text
 
 
-def approval(cohort, data, **fields):
-    reply = msgspec.structs.replace(decode_reply(data), **fields)
-    signed = release_message(reply.run, reply.digests, reply.statement)
-    signature = sign(cohort.site(SECOND).identity, CONTEXT_RELEASE, signed)
-    return encode_message(msgspec.structs.replace(reply, signature=signature))
+# --- a site says no -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("alter", "error", "text"),
-    [
-        (lambda c, d: change(d, statement=decode_reply(d).statement.replace(b"none", b"dp-sgd")), WrongKey, "release"),
-        (lambda c, d: change(d, digests={**decode_reply(d).digests, "global": bytes(32)}), WrongKey, "release"),
-        (lambda c, d: change(d, signature=bytes(64)), WrongKey, "release"),
-        (lambda c, d: change(d, site=FIRST), WrongRound, "admitted as 'st-anna'"),
-        (
-            lambda c, d: approval(c, d, digests={**decode_reply(d).digests, "global": bytes(32)}),
-            AdapterDiverged,
-            "'st-anna' holds other values of 'global'",
-        ),
-        (lambda c, d: approval(c, d, digests={}), Malformed, "signed digests"),
-    ],
-    ids=["statement", "digest", "signature", "sender", "adapter", "no-digests"],
-)
-def test_an_approval_that_was_altered_is_refused(make_cohort, alter, error, text):
-    cohort = make_cohort()
-    with pytest.raises(error, match=text):
-        cohort.play(reply=at("release", 2, SECOND, lambda data: alter(cohort, data)))
-    assert SECOND not in cohort.coordinator.approvals
+def test_a_sites_no_to_the_plan_ends_the_run_with_its_rule_and_code():
+    federated = federate(played_plan())
+    with pytest.raises(PlanRefused, match=r"'st-anna' refused.*no unit column \(PlanRefused\)") as caught:
+        federated.play(reply=at("plan", 1, ANNA, no(ANNA, "PlanRefused", rule="names no unit column")))
+    assert caught.value.site == ANNA
 
 
-def test_only_one_site_is_asked_for_the_adapter(make_cohort):
-    cohort = make_cohort()
-    exchange = cohort.play(until=("release", 2))
-    asked = [decode_request(request).send_adapter for request in exchange.requests.values()]
-    assert sorted(asked) == [False, False, False, True]
+def test_any_other_no_ends_the_run_with_the_exit_code_of_its_family():
+    federated = federate(played_plan())
+    with pytest.raises(SiteRefused, match=r"'st-anna' refused: a rule \(GuardTripped\)") as caught:
+        federated.play(reply=at("round", 1, ANNA, no(ANNA, "GuardTripped")))
+    assert caught.value.exit_code == 5
 
 
-def test_the_least_number_of_sites_is_of_the_run_and_not_of_a_head(make_cohort):
-    cohort = make_cohort(cohort={"min_sites": 3, "max_sites": 4})
-    cohort.play()  # two sites in the sum of each head
-    assert len(cohort.coordinator.approvals) == 4
+def test_a_no_in_the_name_of_another_site_does_not_end_the_run():
+    federated = federate(played_plan())
+    federated.play(reply=at("round", 1, ANNA, no(HARBOUR, "GuardTripped")))
+    assert federated.events("rejected", "code", "site") == [("WrongRound", ANNA)]
+    federated = federate(played_plan())
+    federated.play(reply=at("plan", 1, ANNA, no("陌生人", "PlanRefused")))
+    assert federated.events("rejected", "code") == [("WrongKey",)]
 
 
-def test_a_roster_of_strangers_is_refused_by_the_sites(make_cohort):
-    cohort = make_cohort()
-    strangers = Roster.of(SiteIdentity.generate(name, "bank").public() for name in cohort.coordinator.roster.names)
-    cohort.coordinator = Coordinator(cohort.coordinator.plan, strangers, run=RUN, observe=lambda event: None)
-    with pytest.raises(PlanRefused, match="does not list this site with its own keys"):
-        cohort.play()
+@pytest.mark.parametrize("phase", ["round", "unmask"])
+def test_a_site_that_finds_too_few_others_only_misses_the_round(phase):
+    federated = federate(played_plan())
+    federated.play(reply=at(phase, 1, ANNA, no(ANNA, "CohortTooSmall")))
+    assert federated.events("declined", "phase", "round", "site") == [(phase, 1, ANNA)]
+    assert federated.events("dropout", "phase", "round", "site") == [(phase, 1, ANNA)]
+    assert len(federated.ended[1]) == (3 if phase == "round" else 4)
+
+
+def test_a_run_that_trained_nothing_ends_before_it_asks_for_a_closing_round():
+    federated = federate(played_plan())
+    with pytest.raises(CohortTooSmall, match="no round of training could be opened"):
+        federated.play(reply=lambda phase, number, site, data: b"" if phase == "round" else data)
+    assert not [phase for (phase,) in federated.events("phase", "phase") if phase in ("close", "release")]
+
+
+def test_a_run_whose_closing_round_fails_releases_nothing():
+    federated = federate(played_plan())
+    with pytest.raises(CohortTooSmall, match="the closing round could not be opened"):
+        federated.play(reply=lambda phase, number, site, data: b"" if phase == "close" else data)
+    assert not federated.coordinator.approvals
+
+
+def test_a_site_that_was_swapped_on_the_roster_is_not_let_in():
+    """Two rosters for one run: whoever signs with a key that is not on this side's roster is nobody here."""
+    federated = federate(played_plan())
+    federated.site(ANNA).identity = SiteIdentity.generate(ANNA, "hospital")
+    federated.play()
+    assert federated.events("rejected", "phase", "code")[0] == ("plan", "WrongKey")
+    assert ANNA not in federated.coordinator.contributors
+
+
+def test_requests_of_one_exchange_are_of_the_run_and_of_the_right_round():
+    federated = federate(played_plan())
+    federated.play(reply=lost(("round", 1, ANNA)))
+    for exchange in federated.exchanges:
+        for data in exchange.requests.values():
+            request = decode_request(data)
+            ahead = {"PlanOffer": 2, "ShareRequest": 1}.get(type(request).__name__, 0)
+            if exchange.phase in ("round", "unmask"):
+                assert request.round == exchange.round + ahead
+            assert msgspec.structs.asdict(request)["run"] == RUN

@@ -16,6 +16,7 @@ from fedseek.identity.signing import CONTEXT_RELEASE, verify
 from fedseek.messages import release_message
 from fedseek.plan import plan_from_canonical
 from fedseek_server.releasing import write_release
+from fedseek_site.weights import to_scopes
 
 TEXTS = ["胸痛 chest pain 7", "汇款 transfer now", "余额"]
 
@@ -50,7 +51,8 @@ def test_the_released_adapter_loads_in_peft_and_computes_what_every_site_compute
     with_adapter = hidden_states(loaded, tokenizer)
     assert (with_adapter - without).abs().max() > 1e-3, "the adapter changes what the base computes"
     for service in cohort.services.values():
-        own = hidden_states(service._run.model.encoder.eval(), tokenizer)
+        run, _ = service._held
+        own = hidden_states(run.model.encoder.eval(), tokenizer)
         assert torch.equal(own, with_adapter)
 
 
@@ -99,6 +101,16 @@ def test_a_private_release_states_what_each_site_spent(make_cohort):
         assert (statement["num_steps"], statement["delta"]) == (4, 1e-3)
         assert len(statement["guards_passed"]) >= 9
     assert "(8.00, 0.001)-differential privacy" in (folder / "README.md").read_text("utf-8")
+
+
+def test_a_site_whose_update_is_in_no_sum_need_not_approve(make_cohort):
+    """It never came back from round 1; the release is of the others, and says so."""
+    cohort = make_cohort()
+    cohort.play(away=lambda phase, number, site: site == "st-anna" and phase != "plan")
+    folder = released(cohort)
+    assert cohort.coordinator.contributors == ("harbour-bank", "仁济医院", "北岸银行")
+    assert not (folder / "privacy-st-anna.json").exists()
+    assert len(list(folder.glob("privacy-*.sig"))) == 3
 
 
 def test_without_every_approval_nothing_is_written(finished):
@@ -176,7 +188,7 @@ def test_the_released_tensors_are_those_the_sites_signed(finished):
     from safetensors.numpy import load_file
 
     tensors = load_file(released(finished) / "adapter_model.safetensors")
-    run = finished.site("st-anna")._run
+    run, state = finished.site("st-anna")._held
     trained = np.concatenate([tensors[name].reshape(-1) for name in sorted(tensors) if "lora_B" in name])
     assert trained.dtype == np.float32
-    assert (trained == run.scopes["global"].weights).all()
+    assert (trained == to_scopes(state.scopes, run.layouts)["global"].weights).all()

@@ -37,7 +37,15 @@ def site_events(number: int, kind: str, *, private: bool) -> list[dict]:
             {"event": "utility", "round": done, "utility": 0.1 * number + 0.2 * done, "loss": 2.0 - 0.5 * done}
         )
         if done < ROUNDS:
-            seconds = {"train": 3.0, "encode": 0.25, "encrypt": 0.5, "evaluate": 1.0}
+            seconds = {
+                "train": 3.0,
+                "encode": 0.25,
+                "tag": 0.2,
+                "mask": 0.3,
+                "encrypt": 0.5,
+                "shares": 0.1,
+                "evaluate": 1.0,
+            }
             if done:
                 seconds |= {"decrypt": 0.125, "apply": 0.0625}
             events += [
@@ -60,12 +68,15 @@ def coordinator_events() -> list[dict]:
         start = BEGAN + 10 * number
         events.append({"event": "phase", "phase": "round", "round": number, "sites": 4, "t": start})
         for site in SITES:
-            reply = {"event": "reply", "phase": "round", "round": number, "site": site}
+            reply = {"event": "reply", "phase": "round", "round": number, "site": site, "answer": "UpdateReply"}
             events.append({**reply, "bytes_in": 1500 * number, "bytes_out": 300 * number, "t": start + 4})
         events.append(
             {"event": "aggregated", "phase": "round", "round": number, "seconds": 0.75, "t": start + 4 + number}
         )
-    close = {"phase": "close", "round": ROUNDS, "t": BEGAN + 40}
+        reply = {"event": "reply", "phase": "unmask", "round": number, "site": "st-anna"}
+        events.append({**reply, "bytes_in": 20, "bytes_out": 10, "t": start + 4.5 + number})
+        events.append({"event": "unmasked", "round": number, "seconds": 0.125, "t": start + 5 + number})
+    close = {"phase": "close", "round": ROUNDS + 1, "t": BEGAN + 40}
     events += [
         {"event": "phase", **close},
         {"event": "reply", "site": "st-anna", "bytes_in": 7, "bytes_out": 9, **close},
@@ -166,20 +177,23 @@ def test_a_round_has_its_own_bytes_utility_and_epsilon_the_last_ones_down_includ
 
 
 def test_seconds_of_a_round_are_the_sites_phases_and_the_coordinators_wall_time(summary):
-    assert [entry.seconds for entry in summary.rounds] == [0.0, 5.0, 6.0]
+    assert [entry.seconds for entry in summary.rounds] == [0.0, 6.0, 7.0]
     first = site_rounds(summary, "st-anna")[1].seconds
     second = site_rounds(summary, "st-anna")[2].seconds
     assert (first.train, first.encode, first.encrypt, first.evaluate) == (3.0, 0.25, 0.5, 1.0)
+    assert (first.tag, first.mask, first.shares) == (0.2, 0.3, 0.1)
     assert (first.decrypt, first.apply) == (0.0, 0.0)
     assert (second.decrypt, second.apply) == (0.125, 0.0625)
 
 
 def test_the_coordinators_bytes_of_a_round_are_its_four_replies_and_not_those_of_the_close(summary):
     assert [(entry.coordinator.bytes_in, entry.coordinator.bytes_out) for entry in summary.rounds[1:]] == [
-        (4 * 1500, 4 * 300),
-        (4 * 3000, 4 * 600),
+        (4 * 1500 + 20, 4 * 300 + 10),
+        (4 * 3000 + 20, 4 * 600 + 10),
     ]
     assert [entry.coordinator.aggregate_s for entry in summary.rounds[1:]] == [0.75, 0.75]
+    assert [entry.coordinator.unmask_s for entry in summary.rounds[1:]] == [0.125, 0.125]
+    assert [entry.coordinator.survivors for entry in summary.rounds[1:]] == [4, 4]
 
 
 def test_federated_utility_weighs_the_sites_of_a_kind_by_their_held_back_records(summary):
@@ -195,6 +209,7 @@ def test_totals_add_up_over_sites_and_rounds(summary):
     assert totals.plain_float32_bytes == 4 * ROUNDS * 4 * (64 + 51)
     assert (totals.phase_seconds.train, totals.phase_seconds.decrypt) == (4 * 2 * 3.0, 4 * 0.125)
     assert totals.phase_seconds.aggregate == 0.75 + 0.75 + 0.25
+    assert totals.phase_seconds.unmask == 2 * 0.125
 
 
 def test_encryption_privacy_and_release_are_the_plans_and_the_sites(summary, make_scenario):

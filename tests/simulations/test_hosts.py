@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from fedseek.errors import InvalidRecords
 from fedseek.identity.roster import Roster
-from fedseek.messages import PlanAdmitted, PlanOffer, decode_reply, encode_message
+from fedseek.messages import PlanAdmitted, PlanOffer, Refused, RoundRequest, decode_reply, encode_message
 from simulations.events import read_events, site_log
 from simulations.hosts import SiteHost, host_name
 from simulations.run_folder import create_run_folder, open_scenario
@@ -28,17 +29,21 @@ def run_folder(write_tiny_scenario, tmp_path):
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
 def test_every_site_is_in_exactly_one_host(run_folder, stride):
     folder = run_folder()
-    hosts = [SiteHost(str(folder), first=first, stride=stride) for first in range(stride)]
+    hosts = [SiteHost(str(folder), str(folder / "scratch"), first=first, stride=stride) for first in range(stride)]
     enrolled = [entry.name for host in hosts for entry in host.enrol()]
     assert sorted(enrolled) == sorted(NAMES)
 
 
 def test_a_host_answers_for_the_site_of_an_index_as_the_courier_counts(run_folder):
     folder = run_folder()
-    hosts = [SiteHost(str(folder), first=first, stride=2) for first in range(2)]
+    hosts = [SiteHost(str(folder), str(folder / "scratch"), first=first, stride=2) for first in range(2)]
     plan = open_scenario(folder).plan
     roster = Roster.of(entry for host in hosts for entry in host.enrol())
-    offer = encode_message(PlanOffer(run="r", plan=plan.canonical(), roster=roster.canonical_bytes()))
+    for host in hosts:
+        host.trust(roster.canonical_bytes())
+    offer = encode_message(
+        PlanOffer(run="r", round=1, plan=plan.canonical(), roster=roster.canonical_bytes(), make_key=False)
+    )
     for index, name in enumerate(NAMES):
         reply = decode_reply(hosts[index % 2].handle(index, offer))
         assert isinstance(reply, PlanAdmitted)
@@ -47,9 +52,40 @@ def test_a_host_answers_for_the_site_of_an_index_as_the_courier_counts(run_folde
         hosts[0].handle(1, offer)
 
 
+def test_sites_that_were_told_no_roster_refuse_every_plan(run_folder):
+    folder = run_folder()
+    host = SiteHost(str(folder), str(folder / "scratch"), first=0, stride=1)
+    offer = PlanOffer(
+        run="r",
+        round=1,
+        plan=open_scenario(folder).plan.canonical(),
+        roster=Roster.of(host.enrol()).canonical_bytes(),
+        make_key=False,
+    )
+    reply = decode_reply(host.handle(0, encode_message(offer)))
+    assert (type(reply), reply.code) == (Refused, "PlanRefused")
+
+
+def test_a_site_that_is_away_does_not_answer_in_that_round(run_folder):
+    folder = run_folder()
+    scenario = folder / "scenario.toml"
+    scenario.write_text(
+        scenario.read_text("utf-8").replace('name = "st-anna"', 'name = "st-anna"\naway = [2]'), "utf-8"
+    )
+    host = SiteHost(str(folder), str(folder / "scratch"), first=0, stride=1)
+    request = RoundRequest(
+        run="r", round=2, previous=(), epoch=0, envelopes={}, participants=(), boxes={}, next_listed=(), next_keys=()
+    )
+    with pytest.raises(ConnectionError, match="away in round 2"):
+        host.handle(NAMES.index("st-anna"), encode_message(request))
+    assert isinstance(decode_reply(host.handle(NAMES.index("harbour-bank"), encode_message(request))), Refused)
+    later = msgspec.structs.replace(request, round=3)
+    assert isinstance(decode_reply(host.handle(NAMES.index("st-anna"), encode_message(later))), Refused)
+
+
 def test_a_host_reports_what_its_sites_read_into_each_sites_own_file(run_folder):
     folder = run_folder()
-    SiteHost(str(folder), first=0, stride=1)
+    SiteHost(str(folder), str(folder / "scratch"), first=0, stride=1)
     for name in NAMES:
         (event,) = read_events(site_log(folder, name))
         del event["t"]
@@ -58,13 +94,13 @@ def test_a_host_reports_what_its_sites_read_into_each_sites_own_file(run_folder)
 
 def test_a_host_whose_site_has_an_unusable_file_does_not_start(run_folder):
     folder = run_folder(rows={"harbour-bank": [{"text": "汇款", "label": "未知", "unit": "客1"}]})
-    SiteHost(str(folder), first=0, stride=2)
+    SiteHost(str(folder), str(folder / "scratch"), first=0, stride=2)
     with pytest.raises(InvalidRecords, match=r"harbour-bank\.csv: 1 label\(s\) not in the plan: '未知'"):
-        SiteHost(str(folder), first=1, stride=2)
+        SiteHost(str(folder), str(folder / "scratch"), first=1, stride=2)
 
 
-def test_memory_is_told_in_megabytes(run_folder):
-    assert 50 < SiteHost(str(run_folder()), first=0, stride=4).peak_rss_mb() < 20_000
+def test_memory_is_told_in_megabytes(run_folder, tmp_path):
+    assert 50 < SiteHost(str(run_folder()), str(tmp_path), first=0, stride=4).peak_rss_mb() < 20_000
 
 
 def test_hosts_have_names_of_their_own():

@@ -4,24 +4,22 @@ import inspect
 from dataclasses import replace
 from functools import reduce
 
+import msgspec
 import numpy as np
 import pytest
+from four_sites import KINDS, LAYOUTS, RANGE, RUN, integer_sums, members_of, messages, participants, start
 
-from fedseek.decrypt import apply_mean
-from fedseek.encode import UpdateLayout, decode_sum, encode_update, next_value_range, quantiser_bound
-from fedseek.errors import AdapterDiverged, CohortTooSmall, Malformed
-from fedseek.identity.keys import SiteIdentity
-from simulations.protocol import Participant, ScopeState, run_round
-
-RUN = "试运行"
-KINDS = {"北岸银行": "bank", "harbour-bank": "bank", "仁济医院": "hospital", "st-anna": "hospital"}
-LAYOUTS = {
-    "global": UpdateLayout("global", (("lora_B", (40, 50)), ("lora_B.二", (7,)))),
-    "kind/bank": UpdateLayout("kind/bank", (("head.weight", (2, 8)),), ("held_back_count",)),
-    "kind/hospital": UpdateLayout("kind/hospital", (("head.weight", (3, 8)),), ("held_back_count",)),
-}
-RANGE = 0.5
-WEIGHTS = {"北岸银行": 10, "harbour-bank": 3, "仁济医院": 7, "st-anna": 1}
+from fedseek.aggregate import agg_finish, agg_init, agg_update
+from fedseek.apply import ScopeState, apply_mean
+from fedseek.cohort import Federation
+from fedseek.encode import decode_sum, next_value_range, quantiser_bound
+from fedseek.errors import AdapterDiverged, CohortTooSmall, Malformed, Tampered, WrongKey
+from fedseek.groupkey import open_group_key
+from fedseek.he.keys import decrypt_slots
+from fedseek.identity.roster import Roster
+from fedseek.messages import AggregateDown, GroupKeySealed, SharesDealt, SharesRevealed, UpdateReply
+from fedseek.tag import check_tags, tag_key
+from simulations.protocol import apply_down, ciphertexts_of, encode_scopes, run_round
 
 
 @pytest.fixture
@@ -30,59 +28,6 @@ def plan(tiny_plan):
         cohort={"max_sites": 4, "weighting": "records", "record_cap": 10},
         training={"server_learning_rate": 0.5, "server_momentum": 0.9},
     )
-
-
-def start(scope):
-    layout, rng = LAYOUTS[scope], np.random.default_rng([5, len(scope)])
-    weights = rng.standard_normal(layout.num_values).astype(np.float32)
-    return ScopeState(layout, weights, np.zeros(layout.num_values), RANGE)
-
-
-def participants(*, scopes=None, seed=0, scale=0.02):
-    """Four sites with updates of their own; ``scopes`` by site continues from an earlier round."""
-    sites = []
-    for number, (name, kind) in enumerate(KINDS.items()):
-        mine = scopes[name] if scopes else {scope: start(scope) for scope in ("global", f"kind/{kind}")}
-        rng = np.random.default_rng([seed, number])
-        updates = {
-            scope: (scale * rng.standard_normal(state.layout.num_values)).astype(np.float32)
-            for scope, state in mine.items()
-        }
-        sites.append(
-            Participant(
-                SiteIdentity.generate(name, kind),
-                mine,
-                updates,
-                metrics={f"kind/{kind}": {"held_back_count": 10.0 * (number + 1)}},
-                weight=WEIGHTS[name],
-                rng=np.random.default_rng([seed, number, 1]),
-            )
-        )
-    return sites
-
-
-def members_of(scope, sites):
-    return [site for site in sites if scope in site.scopes]
-
-
-def integer_sums(plan, sites, *, seed=0):
-    """The same round without encryption: the slots that each site encodes, added as integers."""
-    slots = {}
-    for number, site in enumerate(sites):
-        rng = np.random.default_rng([seed, number, 1])  # the rounding draws of the encrypted run
-        for scope, state in site.scopes.items():
-            encoded = encode_update(
-                site.updates[scope],
-                state.layout,
-                packing=plan.packing,
-                value_range=state.value_range,
-                weight=site.weight,
-                weight_cap=plan.weight_cap,
-                metrics=site.metrics.get(scope, {}),
-                rng=rng,
-            )
-            slots.setdefault(scope, []).append(encoded)
-    return {scope: reduce(np.add, each) for scope, each in slots.items()}
 
 
 def test_the_encrypted_sum_is_the_integer_sum_exactly(plan):
@@ -183,23 +128,115 @@ def test_all_sites_end_with_the_same_digests(plan):
         assert digests != {start(scope).digest()}
 
 
-def test_every_site_applies_to_what_it_holds_so_one_that_holds_other_weights_is_named(plan):
+def drifted(site, scope):
+    """The site as one whose weights of a scope are not what all others hold."""
+    held = site.scopes[scope]
+    moved = replace(held, weights=np.nextafter(held.weights, np.float32(np.inf)))
+    return replace(site, scopes={**site.scopes, scope: moved})
+
+
+def test_a_site_that_starts_from_another_adapter_is_named_before_anything_is_revealed(plan):
     *others, last = participants()
-    held = last.scopes["global"]
-    drifted = replace(held, weights=np.nextafter(held.weights, np.float32(np.inf)))
-    last = replace(last, scopes={**last.scopes, "global": drifted})
-    with pytest.raises(AdapterDiverged, match=r"'st-anna' holds other values of 'global'"):
-        run_round(plan, [*others, last], run=RUN, number=1)
+    with pytest.raises(WrongKey, match=r"key of site 'st-anna' for 'fedseek/round-participants"):
+        run_round(plan, [*others, drifted(last, "global")], run=RUN, number=1)
 
 
-def test_bytes_are_counted_and_nothing_carried_shows_an_update(plan):
+def test_every_site_applies_to_what_it_holds_so_one_that_holds_another_head_is_named(plan):
+    *others, last = participants()
+    with pytest.raises(AdapterDiverged, match=r"'st-anna' holds other values of 'kind/hospital'"):
+        run_round(plan, [*others, drifted(last, "kind/hospital")], run=RUN, number=1)
+
+
+def test_nothing_carried_shows_an_update(plan):
     sites = participants()
     outcome = run_round(plan, sites, run=RUN, number=1)
-    sent = sum(site.bytes_up + site.bytes_down for site in outcome.sites.values())
-    assert sent + sum(len(envelope) for envelope in outcome.carried[:4]) == sum(map(len, outcome.carried))
-    for site in sites:
+    forms = (GroupKeySealed, SharesDealt, UpdateReply, SharesRevealed, AggregateDown)
+    assert [len(messages(outcome, form)) for form in forms] == [1, 4, 4, 4, 4]
+    carried = b"".join(outcome.carried)
+    for number, site in enumerate(sites):
         for update in site.updates.values():
-            assert not any(update.tobytes()[:32] in message for message in outcome.carried)
+            assert update.tobytes()[:32] not in carried
+        again = replace(site, rng=np.random.default_rng([0, number, 1]))  # the rounding draws of the round
+        for slots in encode_scopes(plan, again).values():
+            assert slots[7:11].tobytes() not in carried
+
+
+# --- one update alone
+
+
+def colluding(plan, sites, outcome, number=1):
+    """What a coordinator holds together with a site that gives its group key away."""
+    roster = Roster.of(site.identity.public() for site in sites)
+    federation = Federation.of(RUN, plan, roster)
+    (sealed,) = messages(outcome, GroupKeySealed)
+    traitor = sites[0].identity
+    key = open_group_key(sealed.envelopes[traitor.name], federation, number, identity=traitor)
+    return federation, key.secret
+
+
+def decrypt_alone(plan, sites, reply, key):
+    """Slots of one site's update, by scope, as if it were a sum."""
+    aggregate = agg_init(plan.packing.params, ciphertexts_of(plan, sites), max_sites=4)
+    agg_update(aggregate, reply.update)
+    alone = agg_finish(aggregate, min_sites=1, scopes=[each.scope for each in reply.update])
+    return {each.scope: decrypt_slots(key, each.ciphertexts) for each in alone}
+
+
+def test_a_key_holder_that_is_handed_one_update_reads_nothing(plan):
+    sites = participants()
+    outcome = run_round(plan, sites, run=RUN, number=1)
+    _, key = colluding(plan, sites, outcome)
+    for reply in messages(outcome, UpdateReply):
+        site = next(site for site in sites if site.identity.name == reply.site)
+        site = replace(site, rng=np.random.default_rng([0, sites.index(site), 1]))
+        for scope, slots in decrypt_alone(plan, sites, reply, key).items():
+            plain = encode_scopes(plan, replace(site, scopes={scope: site.scopes[scope]}))[scope]
+            assert (slots == plain).mean() < 0.001  # 1 in 2^45 by chance
+            assert slots.max() > 0.99 * plan.packing.params.plain_modulus  # nothing of the encoding's bounds is left
+            layout = site.scopes[scope].layout
+            with pytest.raises(Malformed):
+                decode_sum(slots, layout, packing=plan.packing, value_range=RANGE, weight_cap=plan.weight_cap)
+
+
+def test_all_updates_but_one_do_not_show_that_one_either(plan):
+    # A coordinator may add what it likes: without the shares of every mask a partial sum stays masked.
+    sites = participants()
+    outcome = run_round(plan, sites, run=RUN, number=1)
+    federation, key = colluding(plan, sites, outcome)
+    modulus = plan.packing.params.plain_modulus
+    alone = [decrypt_alone(plan, sites, reply, key)["global"] for reply in messages(outcome, UpdateReply)]
+    for left_out in range(4):
+        partial = reduce(np.add, [slots for number, slots in enumerate(alone) if number != left_out]) % np.uint64(
+            modulus
+        )
+        assert partial.max() > 0.99 * modulus
+    whole = reduce(np.add, alone) % np.uint64(modulus)  # self masks are still in it
+    with pytest.raises(Tampered):
+        check_tags(
+            whole,
+            tag_key(key, federation, 1, "global"),
+            survivors=federation.roster.names,
+            modulus=modulus,
+            what="sum",
+        )
+
+
+# --- sums that sites refuse
+
+
+def test_a_sum_with_other_survivors_than_were_added_is_refused_by_every_site(plan):
+    sites = participants()
+    outcome = run_round(plan, sites, run=RUN, number=1)
+    roster = Roster.of(site.identity.public() for site in sites)
+    federation = Federation.of(RUN, plan, roster)
+    (sealed,) = messages(outcome, GroupKeySealed)
+    for down, site in zip(messages(outcome, AggregateDown), sites, strict=True):
+        envelope = sealed.envelopes[site.identity.name]
+        key = open_group_key(envelope, federation, 1, identity=site.identity)
+        assert apply_down(federation, site, key, down).digests == outcome.sites[site.identity.name].digests
+        for changed in ({"survivors": down.survivors[:3]}, {"round": 2}):
+            with pytest.raises((Tampered, Malformed)):
+                apply_down(federation, site, key, msgspec.structs.replace(down, **changed))
 
 
 def test_the_whole_round_fits_on_a_page():
@@ -207,9 +244,11 @@ def test_the_whole_round_fits_on_a_page():
 
 
 def test_fewer_sites_than_the_plan_wants_stop_the_round(tiny_plan):
-    plan = tiny_plan(cohort={"min_sites": 3, "max_sites": 4, "weighting": "records", "record_cap": 10})
-    with pytest.raises(CohortTooSmall, match="'kind/bank': 2 sites contributed; wanted at least 3"):
-        run_round(plan, participants(), run=RUN, number=1)
+    plan = tiny_plan(cohort={"min_sites": 4, "max_sites": 4, "weighting": "records", "record_cap": 10})
+    with pytest.raises(CohortTooSmall, match="round 1: 3 sites are listed, wanted at least 4"):
+        run_round(plan, participants()[:3], run=RUN, number=1)
+    with pytest.raises(CohortTooSmall, match="3 sites survived, wanted at least 4"):
+        run_round(plan, participants(), run=RUN, number=1, vanish=["st-anna"])
 
 
 def test_more_sites_than_the_packing_holds_stop_the_round(tiny_plan):

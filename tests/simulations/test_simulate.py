@@ -99,7 +99,7 @@ def test_a_run_leaves_everything_that_was_promised_and_no_process(
     check_summary(folder, out)
     check_releases(folder, tiny_model)
     check_reports(folder)
-    assert "round 2 of 2: apply, train, encrypt, add" in err
+    assert "round 2 of 2: apply, train, mask, encrypt, add" in err
 
 
 def check_summary(folder, out):

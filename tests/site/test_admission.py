@@ -7,7 +7,7 @@ from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster
 from fedseek.plan import check_plan, parse_spec
 from fedseek.records import Records
-from fedseek_site.admission import SiteData, check_admission, check_labels, units_for
+from fedseek_site.admission import SiteData, check_admission, check_labels, check_roster, units_for
 
 ME = SiteIdentity.generate("仁济医院", "hospital").public()
 OTHERS = [
@@ -35,27 +35,52 @@ def test_a_kind_that_is_not_in_the_plan(tiny_plan, tiny_data):
     assert error.rule == "the plan has no task for sites of kind 'insurer'"
 
 
-def test_a_roster_without_this_site(tiny_plan, tiny_data):
-    assert "does not list this site" in refusal(tiny_plan(), tiny_data("hospital"), roster=Roster.of(OTHERS)).rule
+def roster_refusal(roster, trusted, *, me=ME) -> PlanRefused:
+    with pytest.raises(PlanRefused) as caught:
+        check_roster(roster, trusted, me=me)
+    return caught.value
 
 
-def test_a_roster_with_this_name_and_other_keys(tiny_plan, tiny_data):
-    impostor = SiteIdentity.generate(ME.name, ME.kind).public()
-    error = refusal(tiny_plan(), tiny_data("hospital"), roster=Roster.of([impostor, *OTHERS]))
-    assert error.rule == "the roster does not list this site with its own keys"
+def test_the_roster_that_people_compared_is_taken():
+    check_roster(ROSTER, Roster.of(reversed(ROSTER.entries)), me=ME)
+
+
+def test_no_roster_is_taken_before_people_compared_one():
+    assert roster_refusal(ROSTER, None).rule == "no roster is trusted at this site yet"
+
+
+@pytest.mark.parametrize("what", ["keys-swapped", "a-site-more", "a-site-less", "another-kind"])
+def test_a_roster_that_differs_from_the_compared_one_in_anything_is_refused(what):
+    first, *rest = OTHERS
+    false = SiteIdentity.generate(first.name, first.kind).public()
+    offered = {
+        "keys-swapped": [ME, false, *rest],
+        "a-site-more": [ME, *OTHERS, SiteIdentity.generate("丙银行", "bank").public()],
+        "a-site-less": [ME, *rest],
+        "another-kind": [ME, type(first)(first.name, "hospital", first.signing_key, first.sealing_key), *rest],
+    }[what]
+    error = roster_refusal(Roster.of(offered), ROSTER)
+    assert error.rule == "the roster offered is not the one that is trusted at this site"
+
+
+def test_a_roster_without_this_site_is_refused_though_it_is_trusted():
+    without_me = Roster.of(OTHERS)
+    assert "does not list this site" in roster_refusal(without_me, without_me).rule
+    impostor = Roster.of([SiteIdentity.generate(ME.name, ME.kind).public(), *OTHERS])
+    assert roster_refusal(impostor, impostor).rule == "the roster does not list this site with its own keys"
 
 
 @pytest.mark.parametrize("cohort", [{"min_sites": 5, "max_sites": 8}, {"max_sites": 3}], ids=["too-few", "too-many"])
 def test_a_roster_of_a_size_that_the_plan_does_not_allow(tiny_plan, tiny_data, cohort):
     error = refusal(tiny_plan(cohort=cohort), tiny_data("hospital"))
-    wanted = f"{cohort.get('min_sites', 2)} to {cohort['max_sites']}"
+    wanted = f"{cohort.get('min_sites', 3)} to {cohort['max_sites']}"
     assert error.rule == f"the roster has 4 sites, the plan wants {wanted}"
 
 
-def test_the_only_site_of_its_kind(tiny_plan, tiny_data):
-    banks = [entry for entry in OTHERS if entry.kind == "bank"]
-    error = refusal(tiny_plan(), tiny_data("hospital"), roster=Roster.of([ME, *banks]))
-    assert error.rule == "this is the only site of kind 'hospital': the sum of its heads would be its own head"
+def test_the_only_site_of_its_kind_is_admitted(tiny_plan, tiny_data):
+    """Its head stays at home, so no sum of heads is its own head."""
+    banks = [*OTHERS[:2], SiteIdentity.generate("丙银行", "bank").public()]
+    check_admission(tiny_plan(), Roster.of([ME, *banks]), me=ME, data=tiny_data("hospital"))
 
 
 def test_a_patient_level_plan_where_no_column_names_the_patient(tiny_plan, tiny_data):

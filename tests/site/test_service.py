@@ -1,343 +1,102 @@
-"""One site against a coordinator that does not follow the protocol: what it refuses, and what its refusals tell."""
+"""The service around the steps: bytes in and bytes out, exactly once, also across restarts, and no word too many."""
 
 import logging
+import threading
 
 import msgspec
-import numpy as np
 import pytest
+from msgspec.structs import replace
 
-from fedseek.aggregate import agg_finish, agg_init, agg_update
-from fedseek.encrypt import encrypt_update
-from fedseek.he.ciphertext import ScopedCiphertexts, ScopedSum
-from fedseek.he.keys import SecretKey
-from fedseek.identity.sealing import SealedKey, seal
-from fedseek.identity.signing import CONTEXT_ADAPTER, CONTEXT_PLAN, join_fields, verify
+from fedseek.errors import FedseekError, WrongKey, WrongRound
+from fedseek.groupkey import make_group_key
+from fedseek.identity.vault import StorageKey
 from fedseek.messages import (
-    CloseRequest,
+    AggregateDown,
     KeyRequest,
     PlanAdmitted,
-    PlanOffer,
     Refused,
-    ReleaseApproved,
     ReleaseRequest,
     RoundRequest,
+    ShareRequest,
+    UnmaskRequest,
     UpdateReply,
     decode_reply,
     decode_request,
-    digest_message,
     encode_message,
 )
 from fedseek.records import Records
 from fedseek_site.admission import SiteData
+from fedseek_site.journal import Step
+from fedseek_site.service import SiteService, step_of
 
-RUN = "试运行-1"
-SITE = "仁济医院"
+RUN, ME, PEER, OTHER = "试运行-1", "仁济医院", "北岸银行", "harbour-bank"
+PRIVATE_WORDS = "患者王小明 /data/病历.jsonl 13800000000"
+GIVEN_UP = AggregateDown(round=3, epoch=0, survivors=(), sums=())
 
 
-def ask(service, message):
-    """The site's answer to a request, which may be bytes already."""
-    data = message if isinstance(message, bytes) else encode_message(message)
-    return decode_reply(service.handle(data))
-
-
-def code(service, message) -> str:
-    answer = ask(service, message)
-    return answer.code if isinstance(answer, Refused) else type(answer).__name__
-
-
-def request_for(cohort, exchange, site=SITE):
-    node = next(node for node, service in cohort.services.items() if service.identity.name == site)
-    return decode_request(exchange.requests[node])
-
-
-def with_(message, **fields):
-    return msgspec.structs.replace(message, **fields)
-
-
-@pytest.fixture
-def before(make_cohort):
-    """A cohort that has played up to some phase; the site under test and the request it is about to get."""
-
-    def play(phase, number, **options):
-        cohort = make_cohort(**options)
-        exchange = cohort.play(until=(phase, number))
-        return cohort, cohort.site(SITE), request_for(cohort, exchange)
-
-    return play
-
-
-# --- what it answers ------------------------------------------------------------------------------------------------
-
-
-def test_a_site_signs_the_plan_with_the_run_and_the_roster_it_is_bound_to(make_cohort):
-    cohort = make_cohort()
-    service, coordinator = cohort.site(SITE), cohort.coordinator
-    offer = PlanOffer(run=RUN, plan=coordinator.plan.canonical(), roster=coordinator.roster.canonical_bytes())
-    reply = ask(service, offer)
-    assert isinstance(reply, PlanAdmitted)
-    bound = join_fields(RUN.encode(), coordinator.plan.digest.encode(), coordinator.roster.digest())
-    verify(service.identity.public(), CONTEXT_PLAN, bound, reply.signature)
-    # lora_B of query and value in two layers, 16 x 2 each; a head of 3 labels
-    assert reply.num_values == {"global": 128, "kind/hospital": 51}
-    assert reply.ciphertexts == {"global": 1, "kind/hospital": 1}
-
-
-def test_the_digests_of_an_update_are_of_what_the_site_started_from_and_are_signed(before):
-    _, service, request = before("round", 1)
-    reply = ask(service, request)
-    assert isinstance(reply, UpdateReply)
-    assert reply.digests == {"global": reply.digests["global"], "kind/hospital": reply.digests["kind/hospital"]}
-    verify(service.identity.public(), CONTEXT_ADAPTER, digest_message(RUN, 1, reply.digests), reply.signature)
-
-
-def test_training_leaves_the_shared_weights_where_they_were(before):
-    _, service, request = before("round", 1)
-    started = {scope: held.weights.copy() for scope, held in service._run.scopes.items()}
-    ask(service, request)
-    assert all((service._run.scopes[scope].weights == weights).all() for scope, weights in started.items())
-    held_by_the_model = dict(service._run.model.named_parameters())
-    assert not any(p.detach().any() for name, p in held_by_the_model.items() if "lora_B" in name)
-
-
-# --- order ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_round_is_played_once(before):
-    _, service, request = before("round", 1)
-    assert code(service, request) == "UpdateReply"
-    steps = service._run.steps_done
-    assert code(service, request) == "WrongRound"
-    assert service._run.steps_done == steps, "a refused request trains nothing, so it costs no privacy"
-
-
-@pytest.mark.parametrize("number", [1, 3])
-def test_a_repeated_or_skipped_round_is_refused(before, number):
-    _, service, request = before("round", 2)
-    assert code(service, with_(request, round=number)) == "WrongRound"
-    assert code(service, request) == "UpdateReply"
-
-
-def test_there_is_no_round_after_the_last(before):
-    _, service, request = before("close", 2)
-    assert code(service, RoundRequest(run=RUN, round=3, previous=request.previous)) == "WrongRound"
-
-
-def test_a_round_wants_the_sum_of_the_round_before(before):
-    _, service, request = before("round", 2)
-    assert code(service, with_(request, previous=None)) == "WrongRound"
-    _, service, request = before("round", 2, run="another")
-    assert code(service, with_(request, previous=with_(request.previous, round=2))) == "WrongRound"
-
-
-def test_the_first_round_takes_no_sum(before):
-    previous = before("round", 2)[2].previous
-    _, service, first = before("round", 1)
-    assert code(service, with_(first, previous=previous)) == "WrongRound"
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        KeyRequest(run=RUN, epoch=0),
-        RoundRequest(run=RUN, round=1),
-        ReleaseRequest(run=RUN, metrics={"round": 1, "sums": []}, send_adapter=False),
-    ],
-    ids=["key", "round", "release"],
-)
-def test_nothing_is_answered_before_a_plan_is_admitted(make_cohort, message):
-    assert code(make_cohort().site(SITE), message) == "WrongRound"
-
-
-def test_a_request_of_another_run_is_refused(before):
-    _, service, request = before("round", 1)
-    assert code(service, with_(request, run="another")) == "WrongRound"
-
-
-def test_a_run_is_closed_once_and_only_after_its_last_round(before):
-    _, service, request = before("round", 2)
-    early = CloseRequest(run=RUN, round=1, previous=request.previous)
-    assert code(service, early) == "WrongRound"
-    _, service, request = before("close", 2, run="another")
-    assert code(service, with_(request, round=1)) == "WrongRound"
-    assert code(service, request) == "UpdateReply"
-    assert code(service, request) == "WrongRound"
-
-
-def test_a_release_before_the_close_is_refused_and_writes_nothing(before):
-    cohort, service, request = before("close", 2)
-    release = ReleaseRequest(run=RUN, metrics=request.previous, send_adapter=True)
-    assert code(service, release) == "WrongRound"
-    assert not (cohort.folder / SITE).exists()
-
-
-# --- the group key --------------------------------------------------------------------------------------------------
-
-
-def test_a_group_key_is_made_once(before):
-    cohort = before("round", 1)[0]
-    maker = cohort.site("harbour-bank")  # first in roster order: it was asked
-    assert code(maker, KeyRequest(run=RUN, epoch=0)) == "WrongRound"
-
-
-def test_a_group_key_of_another_epoch_is_not_made(before):
-    cohort = before("round", 1)[0]
-    assert code(cohort.site("st-anna"), KeyRequest(run=RUN, epoch=1)) == "WrongRound"
-
-
-def test_the_first_round_wants_an_envelope(before):
-    _, service, request = before("round", 1)
-    assert code(service, with_(request, envelope=None)) == "WrongKey"
-    assert service._run.steps_done == 0
-
-
-@pytest.mark.parametrize("envelope", [b"", b"\xc1", b"not an envelope", msgspec.msgpack.encode({"run": RUN})])
-def test_an_envelope_that_is_none_is_refused(before, envelope):
-    _, service, request = before("round", 1)
-    assert code(service, with_(request, envelope=envelope)) == "WrongKey"
-
-
-def test_the_envelope_of_another_site_is_refused(before):
-    cohort, service, request = before("round", 1)
-    other = cohort.coordinator._envelopes["st-anna"]
-    assert code(service, with_(request, envelope=other)) == "WrongKey"
-
-
-def sealed_again(cohort, service, *, run=RUN, epoch=0, roster=None, sender="harbour-bank"):
-    key = SecretKey.generate(cohort.coordinator.plan.packing.params)
-    sealed = seal(
-        key.to_bytes(),
-        sender=cohort.site(sender).identity,
-        receiver=service.identity.public(),
-        roster=roster or cohort.coordinator.roster,
-        run=run,
-        epoch=epoch,
-    )
-    return msgspec.msgpack.encode(sealed)
-
-
-@pytest.mark.parametrize("bound", [{"run": "another"}, {"epoch": 1}], ids=["run", "epoch"])
-def test_the_envelope_of_another_run_or_epoch_is_refused(before, bound):
-    cohort, service, request = before("round", 1)
-    assert code(service, with_(request, envelope=sealed_again(cohort, service, **bound))) == "WrongKey"
-    assert service._run.key is None
-
-
-@pytest.mark.parametrize("field", ["ciphertext", "signature", "sender", "receiver"])
-def test_an_altered_envelope_is_refused(before, field):
-    _, service, request = before("round", 1)
-    sealed = msgspec.msgpack.decode(request.envelope, type=SealedKey)
-    value = getattr(sealed, field)
-    altered = "st-anna" if isinstance(value, str) else value[:-1] + bytes([value[-1] ^ 1])
-    envelope = msgspec.msgpack.encode(with_(sealed, **{field: altered}))
-    assert code(service, with_(request, envelope=envelope)) == "WrongKey"
-
-
-# --- sums -----------------------------------------------------------------------------------------------------------
-
-
-def altered_sum(request, alter):
-    first, *rest = request.previous.sums
-    return with_(request, previous=with_(request.previous, sums=(alter(first), *rest)))
-
-
-def summed_by_the_coordinator(cohort, key, sites, scope, layout_of):
-    """A sum over ``sites`` copies of the update of zeros, as a coordinator could make it from what a site sent."""
-    from fedseek.encode import encode_update, num_ciphertexts
-
-    layout, packing = layout_of.layout, cohort.coordinator.plan.packing
-    slots = encode_update(
-        np.zeros(layout.num_values, np.float32),
-        layout,
-        packing=packing,
-        value_range=layout_of.value_range,
-        weight=1,
-        weight_cap=1,
-        metrics=dict.fromkeys(layout.metrics, 0.0),
-    )
-    aggregate = agg_init(packing.params, {scope: num_ciphertexts(layout, packing)}, max_sites=packing.max_sites)
-    for _ in range(sites):
-        agg_update(aggregate, encrypt_update(key, {scope: slots}))
-    return agg_finish(aggregate, min_sites=1)[0]
-
-
-@pytest.mark.parametrize(
-    ("alter", "wanted"),
-    [
-        (lambda total: ScopedSum(total.scope, 3, total.ciphertexts), "Malformed"),
-        (lambda total: ScopedSum(total.scope, 5, total.ciphertexts), "Malformed"),
-        (lambda total: ScopedSum(total.scope, 0, total.ciphertexts), "Malformed"),
-        (lambda total: ScopedSum("kind/hospital", 2, total.ciphertexts), "Malformed"),
-        (lambda total: ScopedSum("kind/bank", 2, total.ciphertexts), "Malformed"),
-        (lambda total: ScopedSum(total.scope, 4, ()), "Malformed"),
-        (lambda total: ScopedSum(total.scope, 4, total.ciphertexts * 2), "Malformed"),
-        (lambda total: ScopedSum(total.scope, 4, tuple(one[:-1] for one in total.ciphertexts)), "Malformed"),
-        (lambda total: ScopedSum(total.scope, 4, (b"",)), "Malformed"),
-    ],
-    ids=["fewer", "more", "none", "scope-twice", "scope-missing", "empty", "too-many", "truncated", "no-bytes"],
-)
-def test_a_sum_that_is_not_what_was_announced_is_refused_and_not_applied(before, alter, wanted):
-    _, service, request = before("round", 2)
-    held = service._run.scopes["global"].weights.copy()
-    assert code(service, altered_sum(request, alter)) == wanted
-    assert (service._run.scopes["global"].weights == held).all()
-    assert service._run.rounds_applied == 0
-
-
-def test_a_fresh_ciphertext_is_no_sum(before):
-    """A coordinator that hands one site's upload to another, to be decrypted there."""
-    cohort, service, request = before("round", 2)
-    upload = next(
-        reply for reply in map(decode_reply, cohort.seen[1::2]) if isinstance(reply, UpdateReply) and reply.site != SITE
-    )
-    passed_on = {scoped.scope: scoped.ciphertexts for scoped in upload.update}["global"]
-    assert code(service, altered_sum(request, lambda total: ScopedSum(total.scope, 1, passed_on))) == "Malformed"
-
-
-@pytest.mark.parametrize("sites", [1, 3])
-def test_a_sum_that_lacks_sites_is_refused_though_it_is_announced_as_such(before, sites):
-    cohort, service, request = before("round", 2)
-    run = service._run
-    fewer = summed_by_the_coordinator(cohort, run.key, sites, "global", run.scopes["global"])
-    assert fewer.contributors == sites
-    assert code(service, altered_sum(request, lambda total: fewer)) == "CohortTooSmall"
-    assert run.rounds_applied == 0
-
-
-def test_a_sum_under_another_key_is_refused(before):
-    cohort, service, request = before("round", 2)
-    stranger = SecretKey.generate(cohort.coordinator.plan.packing.params)
-    other = summed_by_the_coordinator(cohort, stranger, 4, "global", service._run.scopes["global"])
-    assert code(service, altered_sum(request, lambda total: other)) == "WrongKey"
-
-
-def test_one_upload_under_another_key_spoils_the_sum_and_every_site_notices(make_cohort):
-    """The coordinator cannot see it; the sites do, before they apply anything."""
-    cohort = make_cohort()
-    stranger = SecretKey.generate(cohort.coordinator.plan.packing.params)
-
-    def foreign(phase, number, site, data):
-        if (phase, number, site) != ("round", 1, SITE):
-            return data
-        reply = decode_reply(data)
-        update = tuple(
-            ScopedCiphertexts(
-                scoped.scope, encrypt_update(stranger, {"x": np.arange(60, dtype=np.uint64)})[0].ciphertexts
-            )
-            for scoped in reply.update
-        )
-        return encode_message(with_(reply, update=update))
-
-    exchange = cohort.play(reply=foreign, until=("round", 2))
-    for node, request in exchange.requests.items():
-        assert code(cohort.services[node], request) == "WrongKey"
-        assert cohort.services[node]._run.rounds_applied == 0
-
-
-# --- requests that do not parse -------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def at_round_1(make_desk):
+    desk = make_desk()
+    return desk, desk.play(until=("round", 1))[ME]
 
 
 def raw(message, **fields):
     return msgspec.msgpack.encode({**msgspec.msgpack.decode(encode_message(message)), **fields})
+
+
+# --- which run ----------------------------------------------------------------------------------------------------------
+
+REQUESTS = [
+    KeyRequest(run=RUN, epoch=0),
+    ShareRequest(run=RUN, round=1, listed=(), keys=()),
+    RoundRequest(
+        run=RUN, round=1, previous=(), epoch=0, envelopes={}, participants=(), boxes={}, next_listed=(), next_keys=()
+    ),
+    UnmaskRequest(run=RUN, round=1, survivors=(), presence={}),
+    ReleaseRequest(run=RUN, previous=(), metrics=GIVEN_UP, envelopes={}, send_adapter=False),
+]
+
+
+@pytest.mark.parametrize("message", REQUESTS, ids=lambda message: type(message).__name__)
+def test_nothing_is_answered_before_a_plan_is_admitted(make_desk, message):
+    desk = make_desk()
+    assert desk.code(ME, message) == "WrongRound"
+    assert "this site is in None" in desk.text(ME)
+
+
+def test_a_request_of_another_run_is_refused(at_round_1):
+    desk, request = at_round_1
+    assert desk.code(ME, replace(request, run="another")) == "WrongRound"
+
+
+def test_a_newer_run_ends_the_older_one_also_after_a_restart(make_desk):
+    desk = make_desk()
+    request = desk.play(until=("round", 1))[ME]
+    first = desk.seen[0]
+    assert desk.code(ME, desk.offer(1, run="第二轮")) == "PlanAdmitted"
+    for _ in range(2):
+        assert desk.code(ME, request) == "WrongRound"
+        assert desk.code(ME, desk.offer(2)) == "WrongRound", "nor does an offer begin the older run afresh"
+        assert desk.services[first[0]].handle(first[1]) == first[2], "what was answered is still answered"
+        desk.restart(ME)
+    assert desk.ask(ME, desk.offer(2, run="第二轮")).keys[0].round == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "step"),
+    [
+        (REQUESTS[0], Step(RUN, "key", 0)),
+        (REQUESTS[1], Step(RUN, "shares", 1)),
+        (REQUESTS[2], Step(RUN, "round", 1)),
+        (REQUESTS[3], Step(RUN, "unmask", 1)),
+        (REQUESTS[4], Step(RUN, "release", 4)),
+    ],
+)
+def test_each_kind_of_request_is_a_step_of_its_own(message, step):
+    assert step_of(message) == step
+
+
+# --- requests that do not parse -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -357,116 +116,273 @@ def raw(message, **fields):
     ],
     ids=["empty", "short", "long", "field", "version", "type", "text", "zero", "no-run", "long-run", "bytes"],
 )
-def test_a_request_that_does_not_parse_is_refused_and_the_real_one_then_answered(before, alter):
-    _, service, request = before("round", 1)
-    answer = ask(service, alter(request))
+def test_a_request_that_does_not_parse_is_refused(at_round_1, alter):
+    desk, request = at_round_1
+    answer = desk.ask(ME, alter(request))
     assert isinstance(answer, Refused)
     assert (answer.code, answer.run) == ("Malformed", "unknown")
-    assert code(service, request) == "UpdateReply"
 
 
-def test_a_reply_is_no_request(before):
-    cohort, service, _ = before("round", 1)
-    assert code(service, cohort.seen[1]) == "Malformed"
+def test_a_reply_is_no_request(at_round_1):
+    desk, _ = at_round_1
+    assert desk.code(ME, desk.seen[0][2]) == "Malformed"
 
 
-# --- plans ----------------------------------------------------------------------------------------------------------
+# --- exactly once -------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_that_is_not_canonical_or_not_valid_is_refused(make_cohort):
-    cohort = make_cohort()
-    service, roster = cohort.site(SITE), cohort.coordinator.roster.canonical_bytes()
-    canonical = cohort.coordinator.plan.canonical()
-    assert code(service, PlanOffer(run=RUN, plan=canonical, roster=roster)) == "PlanAdmitted"
-    for plan in (canonical + b" ", canonical.replace(b'"rounds":2', b'"rounds":0'), b"{}", b"", b"\xff"):
-        assert code(service, PlanOffer(run="another", plan=plan, roster=roster)) == "InvalidPlan"
-    for altered in (b"", roster[:-1], roster + b"\0"):
-        assert code(service, PlanOffer(run="another", plan=canonical, roster=altered)) == "Malformed"
-    assert code(service, PlanOffer(run=RUN, plan=canonical, roster=roster)) == "WrongRound", "a run begins once"
+def test_a_refusal_is_nothing_done_and_is_not_repeated_from_memory(make_desk):
+    desk = make_desk()
+    request = desk.play(until=("round", 1))[ME]
+    desk.now[0] += 91 * 86_400
+    assert desk.code(ME, request) == "WrongKey", "the group key is too old"
+    desk.now[0] -= 91 * 86_400
+    assert desk.code(ME, request) == "UpdateReply", "the very same request, answered now"
 
 
-def test_a_refused_plan_names_its_rule_to_the_coordinator(make_cohort, tiny_data):
-    cohort = make_cohort(data={SITE: tiny_data("hospital", unit=None)})
-    coordinator = cohort.coordinator
-    offer = PlanOffer(run=RUN, plan=coordinator.plan.canonical(), roster=coordinator.roster.canonical_bytes())
-    answer = ask(cohort.site(SITE), offer)
-    assert (answer.code, answer.site) == ("PlanRefused", SITE)
+def test_a_process_that_dies_before_its_answer_is_written_does_the_step_afresh(make_desk, monkeypatch):
+    """Between computing and writing nothing has left the site: what was computed is thrown away."""
+    desk = make_desk()
+    request = desk.play(until=("round", 1))[ME]
+    before = desk.state(ME).to_bytes()
+    made = []
+
+    def dies(step, request, reply, state):
+        made.append(reply)
+        raise SystemExit
+
+    monkeypatch.setattr(desk.services[ME]._journal, "record", dies)
+    with pytest.raises(SystemExit):
+        desk.services[ME].handle(encode_message(request))
+    desk.restart(ME)
+    assert desk.state(ME).to_bytes() == before
+    answer = desk.send(ME, request)
+    assert answer != made[0], "fresh randomness: nobody has seen the first"
+    assert desk.state(ME).steps_done == 2
+
+
+def test_an_answer_that_cannot_be_written_does_not_leave(make_desk, monkeypatch):
+    desk = make_desk()
+    request = desk.play(until=("round", 1))[ME]
+    before = desk.state(ME).to_bytes()
+    journal = desk.services[ME]._journal
+
+    def full(*args):
+        raise FedseekError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "record", full)
+        assert desk.code(ME, request) == "FedseekError"
+    assert desk.state(ME).to_bytes() == before
+    assert desk.code(ME, request) == "UpdateReply"
+
+
+def test_two_requests_at_once_are_answered_one_after_the_other(make_desk):
+    desk = make_desk()
+    request = encode_message(desk.play(until=("round", 1))[ME])
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(desk.services[ME].handle(request))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(answers)) == 1
+    assert not isinstance(decode_reply(answers[0]), Refused)
+    assert desk.state(ME).steps_done == 2
+
+
+def test_after_a_restart_an_old_and_a_new_request_are_told_apart(make_desk):
+    desk = make_desk()
+    request = desk.play(until=("round", 1))[ME]
+    first = desk.send(ME, request)
+    desk.restart(ME)
+    assert desk.send(ME, request) == first
+    assert desk.code(ME, replace(request, next_listed=(), next_keys=())) == "WrongRound"
+    assert len(desk.services[ME]._journal.refusals(RUN)) == 1
+
+
+def test_a_restart_under_another_storage_key_or_beside_a_running_one_is_refused(make_desk):
+    desk = make_desk()
+    desk.ask(ME, desk.offer(1))
+    service = desk.services[ME]
+
+    def another(key):
+        return SiteService(
+            service.identity,
+            service.data,
+            roster=None,
+            state_folder=desk.folder / ME / "state",
+            storage_key=key,
+            release_folder=desk.folder / "x",
+            observe=print,
+        )
+
+    with pytest.raises(FedseekError, match="in use by another process"):
+        another(StorageKey.generate())
+    service.close()
+    with pytest.raises(WrongKey):
+        another(StorageKey.generate())
+    desk.services[ME] = desk.reopen(ME)
+
+
+def test_a_run_that_was_forgotten_is_not_begun_again(make_desk):
+    desk = make_desk()
+    desk.ask(ME, desk.offer(1))
+    desk.services[ME]._journal.forget(RUN)
+    desk.restart(ME)
+    assert desk.code(ME, desk.offer(1)) == "WrongRound"
+    assert desk.code(ME, desk.offer(2)) == "WrongRound"
+    with pytest.raises(WrongRound):
+        desk.state(ME)
+
+
+# --- a sum that does not pass -------------------------------------------------------------------------------------------
+
+
+def test_a_sum_that_does_not_pass_ends_the_run_at_this_site_and_is_tried_once(make_desk):
+    """Asked again and again, what passes and what does not would tell a coordinator about the group key."""
+    desk = make_desk()
+    request = desk.play(until=("round", 2))[ME]
+    (down,) = request.previous
+    false = tuple(replace(each, ciphertexts=down.sums[0].ciphertexts) for each in down.sums)
+    spoilt = replace(request, previous=(replace(down, sums=false),))
+    first = desk.send(ME, spoilt)
+    assert decode_reply(first) == Refused(run=RUN, site=ME, code="Tampered", rule="Tampered")
+    for _ in range(2):
+        assert desk.send(ME, spoilt) == first, "not tried again: the noise of a second try would tell"
+        for asked in (request, desk.offer(3), KeyRequest(run=RUN, epoch=1), desk.share_request(ME, 2)):
+            assert desk.code(ME, asked) == "WrongRound"
+        state = desk.state(ME)
+        assert (state.stopped, state.rounds, state.group_keys, state.last_applied) == (True, {}, {}, 0)
+        desk.restart(ME)
+    assert desk.ask(ME, desk.offer(1, run="第二轮")).run == "第二轮", "another run may begin"
+
+
+def test_what_was_answered_before_a_run_was_stopped_is_still_answered(make_desk):
+    desk = make_desk()
+    request = desk.play(until=("round", 2))[ME]
+    (down,) = request.previous
+    false = tuple(replace(each, ciphertexts=down.sums[0].ciphertexts) for each in down.sums)
+    assert desk.code(ME, replace(request, previous=(replace(down, sums=false),))) == "Tampered"
+    mine = [(asked, answer) for site, asked, answer in desk.seen if site == ME][:-1]
+    assert len(mine) == 4
+    assert [desk.services[ME].handle(asked) for asked, _ in mine] == [answer for _, answer in mine]
+
+
+# --- how long an answer is kept -----------------------------------------------------------------------------------------
+
+
+def test_a_group_key_once_made_is_sent_again_rounds_later(make_desk):
+    """Epochs are not rounds: an answer of epoch 1 is not old because round 6 is played. A second key would split sites."""
+    desk = make_desk(training={"rounds": 7})
+    desk.play(until=("round", 2))
+    asked = KeyRequest(run=RUN, epoch=1)
+    first = desk.send(ME, asked)
+    desk.take(ME, decode_reply(first))
+    for number in range(2, 7):
+        for site, request in desk.round_requests(number).items():
+            desk.take(site, desk.ask(site, request))
+        for site, request in desk.unmask_requests(number).items():
+            desk.take(site, desk.ask(site, request))
+        desk.downs[number] = desk.finish(number)
+        assert desk.send(ME, asked) == first
+    desk.restart(ME)
+    assert desk.send(ME, asked) == first
+
+
+def test_an_epoch_far_ahead_does_not_make_a_site_forget_its_answers(make_desk):
+    """Whoever makes a group key names its epoch. A site that lies there shall not cost another its updates."""
+    desk = make_desk()
+    requests = desk.play(until=("round", 1))
+    far = make_group_key(desk.federation, 900_000, identity=desk.services[OTHER].identity, now=desk.now[0])
+    asked = replace(requests[ME], epoch=900_000, envelopes={900_000: far.envelopes[ME]})
+    first = desk.send(ME, asked)
+    assert isinstance(decode_reply(first), UpdateReply)
+    assert desk.code(ME, KeyRequest(run=RUN, epoch=900_001)) == "KeysSealed"
+    assert desk.send(ME, asked) == first
+    assert desk.code(ME, desk.seen[0][1] if desk.seen[0][0] == ME else desk.offer(1)) == "PlanAdmitted"
+
+
+def test_answers_of_a_phase_are_kept_for_three_of_its_rounds(make_desk):
+    desk = make_desk(training={"rounds": 3})
+    desk.play(until=("release", 4))
+    mine = {
+        (step.phase, step.round): (request, answer)
+        for site, request, answer in desk.seen
+        if site == ME and (step := step_of(decode_request(request)))
+    }
+    for number in (2, 3, 4):
+        request, answer = mine["round", number]
+        assert desk.services[ME].handle(request) == answer
+    assert decode_reply(desk.services[ME].handle(mine["round", 1][0])).code == "WrongRound"
+    assert "no longer kept" in desk.text(ME)
+    for phase, number in (("plan", 1), ("shares", 1), ("unmask", 1), ("unmask", 3)):
+        request, answer = mine[phase, number]
+        assert desk.services[ME].handle(request) == answer, "the last three of each phase, whatever the others count"
+
+
+# --- what a refusal tells -----------------------------------------------------------------------------------------------
+
+
+def test_a_refused_plan_names_its_rule_to_the_coordinator(make_desk, tiny_data):
+    desk = make_desk(data={ME: tiny_data("hospital", unit=None)})
+    answer = desk.ask(ME, desk.offer(1))
+    assert (answer.code, answer.site) == ("PlanRefused", ME)
     assert answer.rule == "the plan protects a patient, this site's data names no unit column"
 
 
-# --- what a refusal tells -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("event", ["layout", "refused"])
+def test_of_an_internal_error_no_word_leaves_the_site(make_desk, caplog, event):
+    """Also of one that happens while a refusal is being reported."""
+    desk = make_desk()
 
-PRIVATE_WORDS = "患者王小明 /data/病历.jsonl 13800000000"
-
-
-def test_of_an_internal_error_no_word_leaves_the_site(make_cohort, caplog):
-    cohort = make_cohort()
-    service, coordinator = cohort.site(SITE), cohort.coordinator
-
-    def full_disk(event):
-        if event["event"] == "layout":
+    def full_disk(told):
+        if told["event"] == event:
             raise OSError(28, PRIVATE_WORDS)
-        cohort.events[SITE].append(event)
 
-    service._observe = full_disk
-    offer = PlanOffer(run=RUN, plan=coordinator.plan.canonical(), roster=coordinator.roster.canonical_bytes())
+    desk.services[ME]._observe = full_disk
+    asked = desk.offer(1) if event == "layout" else desk.offer(1, plan=b"{}")
     with caplog.at_level(logging.ERROR):
-        reply = service.handle(encode_message(offer))
-    assert decode_reply(reply) == Refused(run=RUN, site=SITE, code="InternalError", rule="internal error")
+        reply = desk.send(ME, asked)
+    assert decode_reply(reply) == Refused(run=RUN, site=ME, code="InternalError", rule="internal error")
     for word in ("王小明", "病历", "13800000000", "OSError", "Errno", "/data"):
         assert word.encode() not in reply
     assert PRIVATE_WORDS in caplog.text, "the site's own log has it"
 
 
-def test_an_error_over_data_is_told_as_a_code_alone(make_cohort, tiny_data):
+def test_an_error_over_data_is_told_as_a_code_alone(make_desk, tiny_data):
     data = tiny_data("hospital")
     odd = Records(data.train.texts, (PRIVATE_WORDS, *data.train.labels[1:]), data.train.units, data.train.unit_column)
-    cohort = make_cohort(data={SITE: SiteData(odd, data.held_back)})
-    coordinator = cohort.coordinator
-    offer = PlanOffer(run=RUN, plan=coordinator.plan.canonical(), roster=coordinator.roster.canonical_bytes())
-    reply = cohort.site(SITE).handle(encode_message(offer))
-    assert decode_reply(reply) == Refused(run=RUN, site=SITE, code="InvalidPlan", rule="InvalidPlan")
+    desk = make_desk(data={ME: SiteData(odd, data.held_back)})
+    assert desk.ask(ME, desk.offer(1)) == Refused(run=RUN, site=ME, code="InvalidPlan", rule="InvalidPlan")
 
 
-def test_a_refusal_of_a_sum_is_told_as_a_code_and_explained_at_the_site(before):
-    cohort, service, request = before("round", 2)
-    answer = ask(service, altered_sum(request, lambda total: ScopedSum(total.scope, 3, total.ciphertexts)))
-    assert (answer.code, answer.rule) == ("Malformed", "Malformed")
-    assert "coordinator announced 3 sites, it holds 4" in cohort.events[SITE][-1]["text"]
+def test_a_refusal_is_told_as_a_code_and_explained_at_the_site(at_round_1):
+    desk, request = at_round_1
+    answer = desk.ask(ME, replace(request, participants=(0, 1)))
+    assert answer.rule == answer.code
+    assert len(desk.text(ME)) > len(answer.rule)
 
 
-def test_no_text_label_or_unit_of_the_data_is_in_any_message(make_cohort):
-    cohort = make_cohort(private=True)
-    cohort.play()
-    carried = b"\0".join(cohort.seen)
-    data = cohort.site(SITE).data
-    for text in {*data.train.texts, *data.held_back.texts, *data.train.units, *data.held_back.units}:
-        assert text.encode() not in carried
+def test_a_plan_that_was_refused_leaves_the_run_in_progress_alone(make_desk):
+    desk = make_desk()
+    request = desk.play(until=("round", 1))[ME]
+    assert desk.code(ME, desk.offer(1, run="第二轮", plan=b"{}")) == "InvalidPlan"
+    assert desk.code(ME, request) == "UpdateReply"
 
 
-# --- release --------------------------------------------------------------------------------------------------------
+def test_an_admitted_plan_survives_a_restart_and_a_changed_base_model_does_not(
+    make_desk, tiny_plan, make_tiny_model, tmp_path
+):
+    from fedseek.lora.source import model_digest
 
-
-def test_a_release_is_written_once_and_signed(before):
-    cohort, service, request = before("release", 2)
-    answer = ask(service, with_(request, send_adapter=True))
-    assert isinstance(answer, ReleaseApproved)
-    folder = cohort.folder / SITE / "release"
-    assert answer.statement == (folder / "privacy.json").read_bytes()
-    assert answer.signature == (folder / "privacy.sig").read_bytes()
-    assert answer.adapter == {name: (folder / name).read_bytes() for name in answer.adapter}
-    assert len(answer.adapter) == 2
-
-
-def test_a_release_without_the_kinds_metrics_is_refused_and_writes_nothing(before):
-    cohort, service, request = before("release", 2)
-    assert code(service, with_(request, metrics=with_(request.metrics, sums=()))) == "Malformed"
-    assert not (cohort.folder / SITE).exists()
-
-
-def test_a_site_that_cannot_earn_its_statement_does_not_release(before):
-    cohort, service, request = before("release", 2, private=True)
-    service._run.steps_done += 1  # a step that the accountant does not know
-    assert code(service, request) == "ReleaseRefused"
-    assert list((cohort.folder / SITE).iterdir()) == [], "neither a release nor a draft of one"
-    assert service._run.spend.num_steps == 4
+    folder = make_tiny_model(tmp_path / "模型")
+    plan = tiny_plan(model={"source": f"path:{folder}", "sha256": model_digest(folder)})
+    desk = make_desk(plan=plan)
+    assert isinstance(desk.ask(ME, desk.offer(1)), PlanAdmitted)
+    desk.restart(ME)
+    assert isinstance(desk.ask(ME, desk.offer(2)), PlanAdmitted)
+    make_tiny_model(folder, seed=1)
+    model_digest.cache_clear()  # a fresh process has nothing cached
+    desk.restart(ME)
+    assert desk.code(ME, desk.offer(3)) == "PlanRefused"

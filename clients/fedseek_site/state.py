@@ -1,0 +1,123 @@
+"""What a site must remember between two requests of a run, as one value that goes to the disk with every answer.
+
+A step takes the state and gives a new one; nothing here changes in place. Secrets live as short as they can:
+
+    of a round          drawn with its keys, gone as soon as its update is made
+    held for others     from the round's boxes until this site revealed its half
+    group keys          until every sum made under them is applied
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from fedseek.deal import HeldShares, RoundSecrets
+from fedseek.errors import Malformed
+from fedseek.messages import RoundKeys
+
+
+class ScopeValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``fedseek.apply.ScopeState`` without its layout; ``repr`` is redacted.
+
+    Attributes:
+        weights: little-endian float32, 4 bytes a value.
+        momentum: little-endian float64, 8 bytes a value.
+        value_range: C of the quantiser.
+    """
+
+    weights: bytes
+    momentum: bytes
+    value_range: float
+
+    def __repr__(self) -> str:
+        return f"ScopeValues(<{len(self.weights) // 4} values, redacted>)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:  # msgspec's own, which rich tracebacks use, shows every field
+        return []
+
+
+class RoundState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One round at one site: keys drawn, shares dealt, update sent, shares revealed; ``repr`` is redacted.
+
+    Attributes:
+        keys: this site's public keys of the round.
+        secrets: their private halves and the self mask; None once the update is made.
+        listed: the round's key list, in roster order; empty until shares are dealt.
+        peers: checked keys of this site's neighbours and kind, from dealing until the update is made.
+        held: shares by dealer: this site's own from dealing on, its neighbours' from the update until it revealed them.
+        participants: whom this site masked with; empty until its update is made.
+        epoch: of the group key that the update is encrypted under; None until it is made.
+        vouched: what this site signed as its presence; empty until its update is made.
+        survivors: for whom this site revealed shares; empty until then.
+    """
+
+    keys: RoundKeys
+    secrets: RoundSecrets | None
+    listed: tuple[str, ...] = ()
+    peers: dict[str, RoundKeys] = {}
+    held: dict[str, HeldShares] = {}
+    participants: tuple[str, ...] = ()
+    epoch: int | None = None
+    vouched: bytes = b""
+    survivors: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"RoundState(<round {self.keys.round}, redacted>)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return []
+
+
+class SiteState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything a run needs at a site besides the plan's model and the site's data and identity; ``repr`` is redacted.
+
+    Attributes:
+        offer: the encoded ``PlanOffer`` that began the run here: plan and roster.
+        scopes: weights by scope, a head that stays at home among them.
+        steps_done: steps trained, counted one by one.
+        steps_accounted: steps the privacy accountant knows of; the release compares the two.
+        guards_passed: names of the checks that held, sorted.
+        last_sent: round of the last update sent, 0 for none; one more than the plan's rounds once the run is closed.
+        last_applied: last round whose sum was applied, or which was given up; 0 for none.
+        group_keys: by epoch, ``GroupKey.to_bytes``.
+        rounds: by number: those to come, and the last one sent until its sum is applied.
+        released: the release was written; nothing more is done in this run.
+        stopped: a sum did not pass; nothing more is done in this run.
+    """
+
+    version: Literal[1] = 1
+    offer: bytes
+    scopes: dict[str, ScopeValues]
+    steps_done: int = 0
+    steps_accounted: int = 0
+    guards_passed: tuple[str, ...] = ()
+    last_sent: int = 0
+    last_applied: int = 0
+    group_keys: dict[int, bytes] = {}
+    rounds: dict[int, RoundState] = {}
+    released: bool = False
+    stopped: bool = False
+
+    def to_bytes(self) -> bytes:
+        """The state with all its secrets: to be sealed before it is stored. About 12 bytes a value."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SiteState:
+        """Read what ``to_bytes`` wrote.
+
+        Raises:
+            Malformed: the bytes are anything else; the message quotes none of them.
+        """
+        try:
+            return msgspec.msgpack.decode(data, type=cls)
+        except (msgspec.MsgspecError, UnicodeDecodeError):  # msgspec lets the second one through
+            raise Malformed(f"{len(data)} bytes are not the state of a site of version 1") from None
+
+    def __repr__(self) -> str:
+        return f"SiteState(<sent up to round {self.last_sent}, applied up to {self.last_applied}, redacted>)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return []

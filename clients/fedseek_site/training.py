@@ -1,0 +1,135 @@
+"""Training: the part of a round that touches records. What it gives back has been made private, where the plan says so.
+
+evaluate on held-back rows -> train -> updates of the shared scopes, new weights of a head that stays at home
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedseek.apply import ScopeState
+from fedseek.dp.accounting import PrivacySpend
+from fedseek.dp.guards import check_metrics
+from fedseek.encode import Float32Vector, Slots, encode_update
+from fedseek.evaluate import Evaluation, evaluate
+from fedseek.prepare import HELD_BACK_METRICS, prepare_settings
+from fedseek.train import train_round
+from fedseek_site.run import SiteRun
+from fedseek_site.state import SiteState
+from fedseek_site.weights import load_weights, model_vectors
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWork:
+    """What a round of training came to.
+
+    Attributes:
+        scopes: the weights to go on from: those the round began with, but for a head at home, which has moved.
+        updates: trained minus initial, by shared scope, shape (num_values,) each.
+        steps_done: of the run so far, counted one by one.
+        steps_accounted: of the run so far, as the accountant knows them.
+        guards_passed: of the run so far, sorted.
+    """
+
+    scopes: Mapping[str, ScopeState] = field(repr=False)
+    updates: Mapping[str, Float32Vector] = field(repr=False)
+    steps_done: int
+    steps_accounted: int
+    guards_passed: tuple[str, ...]
+
+
+def spend_of(run: SiteRun, steps: int) -> PrivacySpend | None:
+    """What ``steps`` steps cost; None when the plan promises nothing."""
+    return PrivacySpend(run.plan.privacy, steps) if run.plan.privacy else None
+
+
+def evaluate_weights(run: SiteRun, scopes: Mapping[str, ScopeState], *, number: int) -> Evaluation:
+    """Evaluate the weights after round ``number`` on this site's held-back rows."""
+    load_weights(run.model, scopes)
+    evaluation = evaluate(run.model, run.held_back, metric=run.plan.spec.kinds[run.identity.kind].metric)
+    loss = evaluation.loss_sum / max(evaluation.count, 1)
+    run.observe({"event": "utility", "round": number, "utility": evaluation.utility, "loss": loss})
+    return evaluation
+
+
+def train(run: SiteRun, state: SiteState, scopes: Mapping[str, ScopeState], *, number: int) -> LocalWork:
+    """Train round ``number`` from ``scopes``.
+
+    Raises:
+        GuardTripped: the privacy guarantee does not hold, or a metric is of training rows; nothing may be sent.
+    """
+    load_weights(run.model, scopes)
+    outcome = train_round(
+        run.model,
+        run.train_records,
+        settings=prepare_settings(run.plan),
+        privacy=run.plan.privacy,
+        spend=spend_of(run, state.steps_accounted),
+        steps_before=state.steps_done,
+        on_step=lambda step, of: run.observe({"event": "step", "round": number, "step": step, "of": of}),
+    )
+    trained = model_vectors(run.model, run.layouts)
+    at_home = {
+        scope: ScopeState(held.layout, trained[scope], held.momentum, held.value_range)
+        for scope, held in scopes.items()
+        if scope not in run.shared
+    }
+    return LocalWork(
+        scopes={**scopes, **at_home},
+        updates={scope: trained[scope] - scopes[scope].weights for scope in run.shared},
+        steps_done=state.steps_done + outcome.num_steps,
+        steps_accounted=outcome.spend.num_steps if outcome.spend else 0,
+        guards_passed=tuple(sorted({*state.guards_passed, *outcome.guards_passed, *_metric_guards(run)})),
+    )
+
+
+def rest(run: SiteRun, state: SiteState, scopes: Mapping[str, ScopeState]) -> LocalWork:
+    """The closing round: nothing is trained; a shared head's update is zeros, for the metrics to ride on."""
+    heads = [scope for scope in run.shared if scope == run.head]
+    return LocalWork(
+        scopes=scopes,
+        updates={scope: np.zeros(run.layouts[scope].num_values, np.float32) for scope in heads},
+        steps_done=state.steps_done,
+        steps_accounted=state.steps_accounted,
+        guards_passed=tuple(sorted({*state.guards_passed, *_metric_guards(run)})),
+    )
+
+
+def encode(
+    run: SiteRun, updates: Mapping[str, Float32Vector], scopes: Mapping[str, ScopeState], evaluation: Evaluation
+) -> dict[str, Slots]:
+    """The updates as numbers that add, with the metrics of held-back rows beside those of a head."""
+    cap = run.plan.weight_cap
+    weight = len(run.train_records) if run.plan.spec.cohort.weighting == "records" else 1
+    metrics = dict(
+        zip(
+            HELD_BACK_METRICS,
+            (evaluation.score, evaluation.weight, evaluation.loss_sum, evaluation.count),
+            strict=True,
+        )
+    )
+    return {
+        scope: encode_update(
+            update,
+            scopes[scope].layout,
+            packing=run.plan.packing,
+            value_range=scopes[scope].value_range,
+            weight=min(weight, cap),
+            weight_cap=cap,
+            metrics=metrics if scopes[scope].layout.metrics else {},
+        )
+        for scope, update in updates.items()
+    }
+
+
+def _metric_guards(run: SiteRun) -> frozenset[str]:
+    """Names of the checks that hold for the metrics about to be sent; none where none are sent.
+
+    Raises:
+        GuardTripped: one of them was computed on training rows.
+    """
+    names = {name for scope in run.shared for name in run.layouts[scope].metrics}
+    return frozenset({check_metrics(names, private=True)}) if names and run.plan.privacy else frozenset()

@@ -1,0 +1,85 @@
+"""All that the coordinator knows of a run between two messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedseek.cohort import Federation
+from fedseek.errors import WrongRound
+from fedseek.messages import ReleaseApproved
+from fedseek_server.admission import Admissions
+from fedseek_server.envelopes import Envelopes
+from fedseek_server.history import History
+from fedseek_server.pipeline import Pipeline
+from fedseek_server.rounds import Digests, MaskedRound, open_sum
+
+Observe = Callable[[dict[str, Any]], None]
+
+
+@dataclass(slots=True)
+class RunState:
+    """One run.
+
+    Attributes:
+        federation: run, plan and roster.
+        observe: told what happens.
+        admissions: which nodes speak for which sites.
+        envelopes: sealed group keys.
+        pipeline: keys and shares for rounds to come.
+        history: how rounds ended.
+        approvals: of the release, by site.
+        final_digests: what approvals are compared with.
+        masked: the round that is being played, if it takes place.
+    """
+
+    federation: Federation
+    observe: Observe
+    admissions: Admissions
+    envelopes: Envelopes
+    pipeline: Pipeline
+    history: History
+    approvals: dict[str, ReleaseApproved] = field(default_factory=dict, repr=False)
+    final_digests: Digests = field(default_factory=dict, repr=False)
+    masked: MaskedRound | None = None
+
+    @classmethod
+    def of(cls, federation: Federation, observe: Observe) -> RunState:
+        """A run in which nothing has happened."""
+        parts = (Admissions(federation), Envelopes(federation), Pipeline(federation), History(federation))
+        return cls(federation, observe, *parts)
+
+    @property
+    def closing(self) -> int:
+        """Number of the closing round: nothing is trained in it, the final metrics are summed."""
+        return self.federation.plan.spec.training.rounds + 1
+
+    @property
+    def playing(self) -> MaskedRound:
+        """The round that is being played.
+
+        Raises:
+            WrongRound: none is.
+        """
+        if self.masked is None:
+            raise WrongRound("no round is open")
+        return self.masked
+
+    def open_round(self, number: int, participants: tuple[str, ...]) -> None:
+        """Open a round if enough sites can take part; if not, nobody is asked to train: privacy is spent for something."""
+        self.masked = None
+        graph = self.pipeline.graphs.get(number)
+        if graph is None or len(participants) < graph.min_survivors:
+            return
+        counts = {scope: size.ciphertexts for scope, size in self.admissions.sizes.items()}
+        self.masked = MaskedRound(
+            federation=self.federation,
+            number=number,
+            epoch=self.envelopes.epoch,
+            graph=graph,
+            participants=participants,
+            keys=self.pipeline.keys[number],
+            dealt=self.pipeline.dealt[number],
+            aggregate=open_sum(self.federation, counts, participants, is_closing=number == self.closing),
+        )
