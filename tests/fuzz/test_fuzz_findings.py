@@ -67,13 +67,15 @@ NESTED = [("fresh", COEFFICIENTS["fresh"]), ("fresh", SEED), ("summed", COEFFICI
 
 @pytest.mark.parametrize(("form", "at"), NESTED)
 def test_a_nested_header_that_says_too_much_is_malformed(form, at):
-    """One header inside the content says: compressed, and one byte more than there is. SEAL would end the process."""
+    """One header inside the content says: compressed, and one byte more than there is."""
     content = content_of(form)
     *_, announced = SEAL_HEADER.unpack_from(content, at)
     assert load(form, content) == "taken"
     SEAL_HEADER.pack_into(content, at, 0xA15E, 16, 4, 3, 2, 0, SIZES[form] - at + 1)
     assert announced <= SIZES[form] - at
     assert load(form, content) == "Malformed"
+    with pytest.raises(Malformed, match=f"compression 2 at byte {at};"):  # by our check, before SEAL sees it
+        targets()[f"load_{form}_inside"].read(bytes(content))
 
 
 def test_a_nested_header_of_a_secret_key_that_says_too_much_is_malformed():
@@ -84,7 +86,10 @@ def test_a_nested_header_of_a_secret_key_that_says_too_much_is_malformed():
     content = bytearray(inflated(key, size))
     assert in_a_child(lambda: target.read(sealed_key(made_at, content, key[4])), cpu_seconds=20) == "taken"
     SEAL_HEADER.pack_into(content, at, 0xA15E, 16, 4, 3, 2, 0, size - at + 1)
-    assert in_a_child(lambda: target.read(sealed_key(made_at, content, key[4])), cpu_seconds=20) == "Malformed"
+    altered = sealed_key(made_at, content, key[4])
+    assert in_a_child(lambda: target.read(altered), cpu_seconds=20) == "Malformed"
+    with pytest.raises(Malformed, match=f"compression 2 at byte {at};"):
+        target.read(altered)
 
 
 def sealed_key(made_at, content, minor):
@@ -139,12 +144,12 @@ def test_a_plan_whose_numbers_promise_nothing_is_refused_at_once(numbers):
 def test_a_plan_at_the_largest_delta_is_decided_soon(numbers):
     """Measured: 1.6, 0.5 and 10 s of CPU."""
     data = private_plan(**numbers)
-    assert in_a_child(lambda: plan_from_canonical(data), cpu_seconds=20) in {"taken", "InvalidPlan"}
+    assert in_a_child(lambda: plan_from_canonical(data), cpu_seconds=40) in {"taken", "InvalidPlan"}
 
 
 # delta is above 1 - (1 - q)^steps, the chance that a unit is in any of the 8 steps: without any noise the plan keeps its
 # epsilon. The calibration looks for ever less noise, and the accountant's tables grow as the noise shrinks.
-@pytest.mark.xfail(strict=True, reason="NNN")
+@pytest.mark.xfail(strict=True, reason="gave no answer in 190 s of CPU, with 7 GB of memory by then")
 def test_a_plan_whose_delta_covers_every_sample_is_decided_soon():
     data = private_plan(epsilon=0.001, delta=0.01, sampling_probability=0.001)
     assert in_a_child(lambda: plan_from_canonical(data), cpu_seconds=5) in {"taken", "InvalidPlan"}
