@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -295,6 +296,14 @@ def _inconsistencies(spec: PlanSpec) -> list[str]:
             problems.append(f"privacy.{field}: missing, but mechanism {spec.privacy.mechanism} needs it")
         if given and not private:
             problems.append(f'privacy.{field}: given, but mechanism "none" earns no guarantee; remove it')
+    if private and spec.privacy.delta is not None:
+        # With this delta, publishing whatever was drawn would do: no noise is called for, and none would be added.
+        drawn = -math.expm1(steps * math.log1p(-min(spec.training.sampling_probability, 1 - 2**-53)))
+        if spec.privacy.delta >= drawn:
+            problems.append(
+                f"privacy.delta: {spec.privacy.delta:g} is not below the chance {drawn:.3g} that a unit is drawn at all "
+                "in the run; such a plan asks for no noise"
+            )
     return problems
 
 

@@ -205,6 +205,11 @@ def test_the_weight_of_a_site_is_capped_only_when_records_count():
     assert checked(cohort__record_cap=500, cohort__weighting="records").weight_cap == 500
 
 
+def test_a_delta_that_calls_for_no_noise_is_refused():
+    found = problems(privacy__delta=0.009, training__sampling_probability=0.001, training__rounds=1)
+    assert any("not below the chance" in problem for problem in found)
+
+
 def test_what_a_cohort_is_unless_the_plan_says_otherwise():
     cohort = checked(cohort={"max_sites": 8}).spec.cohort
     assert (cohort.min_sites, cohort.colluders, cohort.min_contributors, cohort.dropout_fraction) == (3, 1, 3, 0.1)
