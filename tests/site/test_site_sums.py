@@ -247,20 +247,20 @@ def test_the_floor_follows_the_key_list_where_that_asks_for_more_than_the_plan(m
     assert (code, "wanted at least 4" in words) == ("CohortTooSmall", True)
 
 
-def test_the_floor_is_that_of_contributors_where_a_plan_asks_for_more_of_those_than_of_sites(make_desk):
-    """Told of three survivors by a site that was away, or asked to take part with three, a site says no in words."""
-    desk = make_desk(sites=SITES_OF_FIVE, cohort={"max_sites": 5, "min_contributors": 4}, training={"rounds": 3})
+def test_a_site_does_not_take_part_with_fewer_than_a_sum_must_have(make_desk):
+    """Five sites need four survivors; this plan wants all five in every sum."""
+    desk = make_desk(sites=SITES_OF_FIVE, cohort={"max_sites": 5, "min_contributors": 5})
     request = desk.play(until=("round", 1))[ME]
-    fewer = replace(
-        request,
-        participants=names(desk, ME, PEER, OTHER),
-        boxes={name: box for name, box in request.boxes.items() if name in (PEER, OTHER)},
-    )
-    code, words = refused(desk, fewer)
-    assert (code, "wanted at least 4" in words) == ("CohortTooSmall", True)
+    there = (PEER, OTHER, LAST_SITE)
+    boxes = {name: box for name, box in request.boxes.items() if name in there}
+    code, words = refused(desk, replace(request, participants=names(desk, ME, *there), boxes=boxes))
+    assert (code, "4 sites take part, wanted at least 5" in words) == ("CohortTooSmall", True), words
 
+
+def test_a_site_that_was_away_takes_no_sum_of_fewer_than_a_sum_must_have(make_desk):
+    """It knows of no key list; the plan alone tells it the floor."""
     desk = make_desk(sites=SITES_OF_FIVE, cohort={"max_sites": 5, "min_contributors": 4}, training={"rounds": 3})
     request = desk.play(until=("round", 3), away=lambda phase, number, site: (phase, site) == ("plan", ME))[ME]
     assert ME not in desk.listed[1]
     code, words = refused(desk, told(request, survivors=names(desk, PEER, OTHER, LAST_SITE)))
-    assert (code, "wanted at least 4" in words) == ("CohortTooSmall", True)
+    assert (code, "3 sites are in it, wanted at least 4" in words) == ("CohortTooSmall", True), words
