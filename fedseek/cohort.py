@@ -143,8 +143,7 @@ def round_graph(federation: Federation, number: int, listed: Sequence[str]) -> R
     if len(ordered) < cohort.min_sites:
         raise CohortTooSmall(f"round {number}: {len(ordered)} sites are listed, wanted at least {cohort.min_sites}")
     params = choose_graph(len(ordered), colluders=cohort.colluders, dropout_fraction=cohort.dropout_fraction)
-    positions = b"".join(position.to_bytes(2, "big") for position in federation.positions(ordered))
-    seed = hashlib.sha256(_GRAPH_DOMAIN + federation.bind_round(number, positions)).digest()
+    seed = hashlib.sha256(_GRAPH_DOMAIN + _bind_sites(federation, number, ordered)).digest()
     places = neighbours(len(ordered), params.degree, seed)
     return RoundGraph(
         number=number,
@@ -182,5 +181,10 @@ def presence_message(
 
 def participants_message(federation: Federation, number: int, participants: Sequence[str]) -> bytes:
     """A set of sites in a round, as it stands in what is signed."""
-    positions = b"".join(position.to_bytes(2, "big") for position in federation.positions(participants))
-    return join_fields(_PARTICIPANTS_DOMAIN, federation.bind_round(number, positions))
+    return join_fields(_PARTICIPANTS_DOMAIN, _bind_sites(federation, number, participants))
+
+
+def _bind_sites(federation: Federation, number: int, names: Sequence[str]) -> bytes:
+    """A set of sites in a round as bytes: two for each position on the roster, ascending."""
+    positions = b"".join(position.to_bytes(2, "big") for position in federation.positions(names))
+    return federation.bind_round(number, positions)

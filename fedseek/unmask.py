@@ -101,7 +101,8 @@ def rebuild_seeds(
             it.
     """
     self_seeds = {dealer: _rebuild(dealer, SELF_MASK, record, federation, revealed) for dealer in record.survivors}
-    vanished = [name for name in record.participants if name not in set(record.survivors)]
+    alive = set(record.survivors)
+    vanished = [name for name in record.participants if name not in alive]
     mask_seeds = {dealer: _rebuild(dealer, MASK_KEY, record, federation, revealed) for dealer in vanished}
     for dealer, seed in mask_seeds.items():
         if mask_private_key(seed).public_key().public_bytes_raw() != record.keys[dealer].mask_key:
