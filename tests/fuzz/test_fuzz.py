@@ -4,6 +4,7 @@ Bounded for the normal run; ``long_run.py`` goes on for as long as one likes, wi
 """
 
 import base64
+import gc
 import json
 import random
 
@@ -99,6 +100,18 @@ def test_an_outcome_names_the_error_and_leaves_values_out():
 def test_a_foreign_exception_and_a_slow_read_are_findings(read, said):
     with pytest.raises(Finding, match=said):
         outcome(Target(read, [b""], max_cpu=1e-4), b"abc")
+
+
+def test_the_collector_is_not_charged_to_an_input():
+    """A full collection over all that is imported takes longer than most inputs may."""
+    collected = []
+    gc.callbacks.append(lambda phase, info: collected.append(phase))
+    try:
+        outcome(Target(lambda data: [[] for _ in range(100_000)], [b""]), b"abc")
+    finally:
+        gc.callbacks.pop()
+    assert collected == []
+    assert gc.isenabled()
 
 
 def test_a_child_that_ends_is_a_finding_that_names_its_input(monkeypatch):
