@@ -20,7 +20,17 @@
     │   ├── Tampered          a sum is not that of the sites it is said to hold
     │   └── TooLarge
     ├── CohortTooSmall                        6
+    ├── NotNow                                6   a site will, but not yet: hours, or a person has to approve first
+    ├── InvalidConfig                         3   a configuration or policy file; carries all problems at once
     ├── JournalUnusable                       8
+    ├── AuditBroken                           8   an audit chain has a changed, cut or unsigned line
+    ├── NetworkError                          8
+    │   ├── Unreachable       the other side is not there now; trying again may help
+    │   ├── SessionOver       the SuperLink has ended our run; a new one is needed, nothing of ours is lost
+    │   ├── NotAdmitted       the coordinator's gate does not let this site in; a person has to act
+    │   ├── Undelivered       a request came back with an error of Flower's in place of a reply
+    │   ├── AddressTaken      a port or socket is in use by another process
+    │   └── Stopped           a daemon was told to end; what it was doing can be taken up again
     ├── SiteRefused                           1, or that of the family its code names
     └── ReleaseRefused                        7
 
@@ -161,6 +171,60 @@ class CohortTooSmall(FedseekError):
     """Fewer sites answered than the plan needs."""
 
     exit_code = 6
+
+
+class NotNow(FedseekError):
+    """A site will take part, but not yet: its hours, or a person has to approve first. Counts as missing, no more."""
+
+    exit_code = 6
+
+
+class InvalidConfig(FedseekError):
+    """A configuration or policy file cannot be used. ``problems`` lists every problem found, not just the first."""
+
+    exit_code = 3
+
+    def __init__(self, problems: Sequence[str], *, source: str, hint: str = "") -> None:
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem" + ("s" if len(self.problems) != 1 else "")
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        super().__init__(f"{source}: {count}{lines}", hint=hint)
+
+
+class AuditBroken(FedseekError):
+    """An audit chain is not what was written: a line was changed, cut, moved or not signed. The message names it."""
+
+    exit_code = 8
+
+
+class NetworkError(FedseekError):
+    """Something between two processes failed; no key, budget or update is touched by it."""
+
+    exit_code = 8
+
+
+class Unreachable(NetworkError):
+    """The other side is not there now."""
+
+
+class SessionOver(NetworkError):
+    """The SuperLink has ended our run; a new one is needed."""
+
+
+class NotAdmitted(NetworkError):
+    """The coordinator's gate does not let this site in."""
+
+
+class Undelivered(NetworkError):
+    """A request came back with an error in place of a reply."""
+
+
+class AddressTaken(NetworkError):
+    """A port or socket is in use by another process."""
+
+
+class Stopped(NetworkError):
+    """A daemon was told to end."""
 
 
 class JournalUnusable(FedseekError):

@@ -44,7 +44,8 @@ VERBS = tuple(
         "predict",
     )
 )
-LAYERS = (("fedseek.errors",), THEORY, ("fedseek.plan",), VERBS)
+DAEMON_PARTS = ("fedseek.daemon",)
+LAYERS = (("fedseek.errors",), THEORY, ("fedseek.plan",), VERBS, DAEMON_PARTS)
 DAEMONS = ("fedseek_server", "fedseek_site")
 CLI = "fedseek.cli"
 
@@ -54,7 +55,13 @@ HOMES = {
     "opacus": ("fedseek/dp/",),
     "dp_accounting": ("fedseek/dp/",),
     "peft": ("fedseek/lora/",),
-    "flwr": ("server/fedseek_server/app.py", "clients/fedseek_site/app.py", "simulations/"),
+    "flwr": (
+        "server/fedseek_server/app.py",
+        "server/fedseek_server/flower.py",
+        "clients/fedseek_site/app.py",
+        "clients/fedseek_site/flower.py",
+        "simulations/",
+    ),
     "ray": ("simulations/",),
 }
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -147,7 +154,11 @@ def may_import(importer: str, imported: str) -> bool:
     for height, layer in enumerate(LAYERS):
         if is_in(importer, layer):
             below = tuple(package for lower in LAYERS[:height] for package in lower)
-            siblings = VERBS if layer is VERBS else tuple(package for package in layer if is_in(importer, (package,)))
+            siblings = (
+                layer
+                if layer in (VERBS, DAEMON_PARTS)
+                else tuple(package for package in layer if is_in(importer, (package,)))
+            )
             return imported == "fedseek" or is_in(imported, below + siblings)
     return False
 

@@ -37,7 +37,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from fedseek.errors import CustodyError, JournalUnusable, TooLarge, WrongRound
-from fedseek.identity.vault import StorageKey, check_private, open_at_rest, seal_at_rest
+from fedseek.identity.secret_files import check_private
+from fedseek.identity.vault import StorageKey, open_at_rest, seal_at_rest
 
 JOURNAL_FILE: Final = "site.sqlite3"
 LOCK_FILE: Final = "site.lock"

@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fedseek.errors import WrongKey
 
 if TYPE_CHECKING:  # verifying needs no private key, so a coordinator never loads the module that defines one
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from fedseek.identity.keys import SiteIdentity
     from fedseek.identity.roster import RosterEntry
 
@@ -28,6 +30,14 @@ CONTEXT_ROUND_KEYS: Final = b"fedseek/round-keys/v1"
 CONTEXT_SHARES: Final = b"fedseek/shares-dealt/v1"
 CONTEXT_PRESENCE: Final = b"fedseek/round-participants/v1"
 CONTEXT_UNMASK: Final = b"fedseek/shares-revealed/v1"
+CONTEXT_ROSTER: Final = b"fedseek/signed-roster/v1"
+CONTEXT_JOIN_REQUEST: Final = b"fedseek/join-request/v1"
+CONTEXT_JOIN_FILE: Final = b"fedseek/join-file/v1"
+CONTEXT_RENEWAL: Final = b"fedseek/renewal/v1"
+CONTEXT_AUDIT: Final = b"fedseek/audit-line/v1"
+CONTEXT_AUDIT_HEAD: Final = b"fedseek/audit-head/v1"
+CONTEXT_HEADS_SEEN: Final = b"fedseek/audit-heads-seen/v1"
+CONTEXT_APPROVAL: Final = b"fedseek/plan-approved-by-person/v1"
 
 SIGNATURE_BYTES = 64
 _SIGNED_PREFIX = b"fedseek/signed/v1"
@@ -44,7 +54,7 @@ def sign(identity: SiteIdentity, context: bytes, message: bytes) -> bytes:
     Returns:
         The signature, 64 bytes; the same input gives the same bytes.
     """
-    return identity.signing_key.sign(_signed_bytes(context, message))
+    return sign_with(identity.signing_key, context, message)
 
 
 def verify(entry: RosterEntry, context: bytes, message: bytes, signature: bytes) -> None:
@@ -53,11 +63,25 @@ def verify(entry: RosterEntry, context: bytes, message: bytes, signature: bytes)
     Raises:
         WrongKey: it did not: another signer, another purpose, another message, or no signature at all.
     """
+    verify_with(entry.signing_key, context, message, signature, who=f"site {entry.name!r}")
+
+
+def sign_with(key: Ed25519PrivateKey, context: bytes, message: bytes) -> bytes:
+    """As :func:`sign`, with a key that is no site's: the roster authority's, the coordinator's, a person's."""
+    return key.sign(_signed_bytes(context, message))
+
+
+def verify_with(public_key: bytes, context: bytes, message: bytes, signature: bytes, *, who: str) -> None:
+    """As :func:`verify`, against a public key of 32 bytes; ``who`` names its owner in the error.
+
+    Raises:
+        WrongKey: the owner of the key did not sign this for this purpose.
+    """
     try:
-        Ed25519PublicKey.from_public_bytes(entry.signing_key).verify(signature, _signed_bytes(context, message))
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, _signed_bytes(context, message))
     except (InvalidSignature, ValueError) as error:  # ValueError: not a point on the curve, or not 64 bytes
         raise WrongKey(
-            f"signature does not verify with the key of site {entry.name!r} for {context.decode(errors='replace')!r}",
+            f"signature does not verify with the key of {who} for {context.decode(errors='replace')!r}",
             hint="the message was altered, signed by another key, or signed for another purpose",
         ) from error
 

@@ -9,13 +9,9 @@ one, and nothing in the file tells. Nor does it protect a running process: the k
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
-import tempfile
 import unicodedata
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Final, Literal, NoReturn, SupportsIndex
 
@@ -26,6 +22,15 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from fedseek.errors import CustodyError, Malformed, TooLarge, WrongKey
 from fedseek.identity.keys import MAX_IDENTITY_BYTES, SiteIdentity
+from fedseek.identity.secret_files import (
+    open_private,
+    read_at_most,
+    read_secret_file,
+    refusing,
+    sync_folder,
+    write_secret_file,
+    write_through,
+)
 from fedseek.identity.signing import join_fields
 
 STORAGE_KEY_BYTES: Final = 32
@@ -89,11 +94,11 @@ class StorageKey:
             CustodyError: the file exists (it is left as it is), or cannot be written.
         """
         key = os.urandom(STORAGE_KEY_BYTES)
-        with _refusing(path, "written"), ExitStack() as undo:
+        with refusing(path, "written"), ExitStack() as undo:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             undo.callback(path.unlink, missing_ok=True)
-            _write_through(descriptor, key)
-            _sync_folder(path.parent)
+            write_through(descriptor, key)
+            sync_folder(path.parent)
             undo.pop_all()
         return cls(key)
 
@@ -104,9 +109,9 @@ class StorageKey:
         Raises:
             CustodyError: not a plain file, a symbolic link, open to group or others, or not of 32 bytes.
         """
-        with _open_private(path) as descriptor:
+        with open_private(path) as descriptor:
             size = os.fstat(descriptor).st_size
-            key = _read_at_most(descriptor, STORAGE_KEY_BYTES)
+            key = read_at_most(descriptor, STORAGE_KEY_BYTES)
         if size != STORAGE_KEY_BYTES or len(key) != STORAGE_KEY_BYTES:
             raise CustodyError(
                 f"key file {path}: got {size} bytes, wanted {STORAGE_KEY_BYTES}", hint="is this the right file?"
@@ -166,42 +171,6 @@ def open_at_rest(key: StorageKey, data: bytes, *, purpose: str) -> bytes:
             f"sealed {purpose} does not open: wrong passphrase or key file, or it was altered",
             hint="try the passphrase or key file that this site was set up with",
         ) from None
-
-
-def write_secret_file(path: Path, data: bytes) -> None:
-    """Put ``data`` in the file at ``path``, replacing what was there; mode 0600 from its first moment.
-
-    Guarantee: a crash at any time leaves the old file or the new one whole, and the new one once this has returned. A
-    crash in between may leave a file ``.fedseek-*`` of mode 0600 beside it, which may be deleted.
-
-    Raises:
-        CustodyError: it cannot be written; the old file or the new one is there, whole.
-    """
-    with _refusing(path, "written"), ExitStack() as undo:
-        descriptor, scratch = tempfile.mkstemp(prefix=".fedseek-", dir=path.parent)  # mkstemp: O_EXCL and 0600
-        undo.callback(Path(scratch).unlink, missing_ok=True)
-        _write_through(descriptor, data)
-        os.replace(scratch, path)
-        undo.pop_all()
-        _sync_folder(path.parent)
-
-
-def read_secret_file(path: Path, *, limit: int) -> bytes:
-    """The content of a file that nobody but its owner may open.
-
-    Args:
-        path: a plain file.
-        limit: bytes it may have.
-
-    Raises:
-        CustodyError: missing, a symbolic link, not a plain file, or open to group or others.
-        TooLarge: longer than ``limit``.
-    """
-    with _open_private(path) as descriptor:
-        data = _read_at_most(descriptor, limit + 1)
-    if len(data) > limit:
-        raise TooLarge(f"{path}: got more than {limit} bytes, wanted at most that")
-    return data
 
 
 class IdentityFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -300,64 +269,3 @@ def _passphrase_bytes(passphrase: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:  # its own text would quote the passphrase
         raise CustodyError("passphrase is not valid Unicode text", hint="is the terminal set to UTF-8?") from None
-
-
-@contextmanager
-def _refusing(path: Path, action: str) -> Iterator[None]:
-    """Tell an ``OSError`` of the block as one of ours."""
-    try:
-        yield
-    except OSError as error:
-        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise CustodyError(f"{path} cannot be {action}: {reason}") from error
-
-
-@contextmanager
-def _open_private(path: Path) -> Iterator[int]:
-    """A descriptor to read a plain file with that only its owner may open."""
-    with _refusing(path, "read"):
-        # O_NONBLOCK: opening a pipe must not wait for a writer; it is refused below
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            check_private(path, os.fstat(descriptor))
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-
-def check_private(path: Path, status: os.stat_result) -> None:
-    """Refuse what is not a plain file, or what group or others may read, write or run.
-
-    Raises:
-        CustodyError: it is one of these.
-    """
-    if not stat.S_ISREG(status.st_mode):
-        raise CustodyError(f"{path} is not a plain file")
-    mode = stat.S_IMODE(status.st_mode)
-    if mode & 0o077:
-        raise CustodyError(
-            f"{path} has mode {mode:04o}, open to group or others; wanted 0600",
-            hint=f"find out who may have read it, then: chmod 600 {path}",
-        )
-
-
-def _read_at_most(descriptor: int, count: int) -> bytes:
-    with os.fdopen(descriptor, "rb", closefd=False) as stream:
-        return stream.read(count)
-
-
-def _write_through(descriptor: int, data: bytes) -> None:
-    """Write all of it, see that it is on the disk, and close."""
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new or renamed file is on the disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

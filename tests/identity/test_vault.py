@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedseek.errors import CustodyError, Malformed, TooLarge, WrongKey
 from fedseek.identity import vault
 from fedseek.identity.keys import SiteIdentity
+from fedseek.identity.secret_files import read_secret_file, write_secret_file
 from fedseek.identity.signing import join_fields
 from fedseek.identity.vault import (
     AT_REST_OVERHEAD_BYTES,
@@ -22,11 +23,9 @@ from fedseek.identity.vault import (
     load_identity,
     new_salt,
     open_at_rest,
-    read_secret_file,
     save_identity,
     seal_at_rest,
     unlock,
-    write_secret_file,
 )
 
 PASSPHRASE = "北岸银行的密码短语共十二字以上"  # noqa: S105
