@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,7 +20,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from fedseek.errors import FedseekError
+from fedseek.daemon.console import run
 from fedseek.plan import Plan, load_plan
 
 COMMANDS = "fedseek.commands"  # entry-point group: what a checkout adds, such as `simulate`
@@ -106,20 +105,8 @@ def _show_prediction(checked: Plan, document: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run the command; our own errors become one clear text and the exit code of their family."""
-    try:
-        cli(standalone_mode=False)
-    except FedseekError as error:
-        click.echo(f"fedseek: error: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"fedseek: hint: {error.hint}", err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("fedseek: interrupted", err=True)
-        sys.exit(130)
+    """Run the command."""
+    run(cli, "fedseek")
 
 
 if __name__ == "__main__":

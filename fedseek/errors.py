@@ -13,7 +13,8 @@
     │   ├── UnsupportedMechanism
     │   └── GuardTripped      a run-time check of the privacy guarantee failed: no epsilon is stated
     ├── CustodyError                          6
-    │   └── WrongKey
+    │   ├── WrongKey
+    │   └── Expired           a certificate's time is over, or has not come
     ├── MessageError                          6
     │   ├── Malformed
     │   ├── WrongRound
@@ -32,6 +33,7 @@
     │   ├── AddressTaken      a port or socket is in use by another process
     │   └── Stopped           a daemon was told to end; what it was doing can be taken up again
     ├── SiteRefused                           1, or that of the family its code names
+    ├── LocalRefused                          1, or that of the family its code names
     └── ReleaseRefused                        7
 
 Families end in ``Error``; leaves are plain participles, as in httpx (so ruff's N818 is off). A message says what
@@ -145,6 +147,10 @@ class WrongKey(CustodyError):
     """A key, signature or sealed envelope is not from or for whom it should be."""
 
 
+class Expired(CustodyError):
+    """A certificate's time is over, or has not come yet."""
+
+
 class MessageError(FedseekError):
     """A message from another party was refused."""
 
@@ -177,6 +183,11 @@ class NotNow(FedseekError):
     """A site will take part, but not yet: its hours, or a person has to approve first. Counts as missing, no more."""
 
     exit_code = 6
+
+    def __init__(self, site: str, rule: str, *, hint: str = "") -> None:
+        self.site = site
+        self.rule = rule
+        super().__init__(f"site {site!r} does not take part now: {rule}", hint=hint)
 
 
 class InvalidConfig(FedseekError):
@@ -241,6 +252,15 @@ class SiteRefused(FedseekError):
         self.refused_code = refused_code
         self.exit_code = exit_code_of(refused_code)
         super().__init__(f"site {site!r} refused: {rule} ({refused_code})", hint="the site's own log says more")
+
+
+class LocalRefused(FedseekError):
+    """The site's daemon said no to one of the site's own people. ``refused_code`` is the class of its error."""
+
+    def __init__(self, refused_code: str, message: str, *, hint: str = "") -> None:
+        self.refused_code = refused_code
+        self.exit_code = exit_code_of(refused_code)
+        super().__init__(message, hint=hint)
 
 
 class ReleaseRefused(FedseekError):

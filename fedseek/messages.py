@@ -46,6 +46,9 @@ Position = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SITES)]
 Positions = Annotated[tuple[Position, ...], msgspec.Meta(max_length=MAX_SITES)]
 Secret = Annotated[str, msgspec.Meta(min_length=1, max_length=16)]  # MASK_KEY or SELF_MASK
 Document = Annotated[bytes, msgspec.Meta(max_length=4 << 20)]
+AppliedRound = Annotated[int, msgspec.Meta(ge=0, le=10_003)]  # 0: before the first
+_Digests = Annotated[dict[Scope, Digest], msgspec.Meta(max_length=256)]
+_Sites = Annotated[tuple[SiteName, ...], msgspec.Meta(max_length=MAX_SITES)]
 Version = Annotated[int, msgspec.Meta(ge=WIRE_VERSION, le=WIRE_VERSION)]
 
 
@@ -95,9 +98,40 @@ class GroupKeySealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     envelopes: Annotated[dict[SiteName, Document], msgspec.Meta(max_length=MAX_SITES)]
 
 
+class Continuation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a run goes on from: the adapter of another run, of the same plan and roster, after ``round``.
+
+    Round 0 is the adapter before the first. What sites spent in the other run stays spent.
+    """
+
+    run: RunId
+    round: AppliedRound
+
+
+class Standing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a site could go on from, should a coordinator be lost with its disk.
+
+    It travels beside messages (``fedseek/daemon/parcels.py``).
+
+    Attributes:
+        runs: the run it is in, and those that this one goes on from; newest first.
+        plan_digest: hex SHA-256 of the canonical plan.
+        roster_digest: SHA-256 of the roster.
+        adapters: by round, digests of the shared tensors it holds after that round; one round or two.
+        contributors: by round, sites whose updates are in that adapter, by name, in roster order.
+    """
+
+    site: SiteName
+    runs: Annotated[tuple[RunId, ...], msgspec.Meta(min_length=1, max_length=32)]
+    plan_digest: Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
+    roster_digest: Digest
+    adapters: Annotated[dict[AppliedRound, _Digests], msgspec.Meta(min_length=1, max_length=2)]
+    contributors: Annotated[dict[AppliedRound, _Sites], msgspec.Meta(min_length=1, max_length=2)]
+
+
 class PlanOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
     """Coordinator to a site: will you run this plan with these sites, from ``round`` on? Also asked of a site that
-    was away. ``make_key``: and make the group key of epoch 0.
+    was away. ``make_key``: and make the group key of epoch 0. ``continues``: from what another run came to.
     """
 
     version: Version = WIRE_VERSION
@@ -106,6 +140,7 @@ class PlanOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=Tru
     plan: Document
     roster: Document
     make_key: bool
+    continues: Continuation | None
 
 
 class KeyRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -183,7 +218,11 @@ class ReleaseRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, ta
 
 
 class PlanAdmitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """The site runs the plan. Signed over run, plan digest and roster digest; keys for ``round`` and the one after."""
+    """The site runs the plan. Signed over run, plan digest and roster digest; keys for ``round`` and the one after.
+
+    ``contributors``: sites whose updates are in the adapter that it holds. A run that goes on from another knows from
+    this who has to approve the release.
+    """
 
     version: Version = WIRE_VERSION
     run: RunId
@@ -195,6 +234,7 @@ class PlanAdmitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
     signature: Signature
     keys: tuple[RoundKeys, RoundKeys]
     group_key: GroupKeySealed | None
+    contributors: Positions
 
 
 class KeysSealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):

@@ -134,6 +134,8 @@ class CohortSpec(_Section):
     weighting: Literal["equal", "records"] = "equal"
     record_cap: Annotated[int, Field(ge=1, le=100_000_000)] = 1
     """With ``records``: a site counts by its number of records, at most this many."""
+    deadline_seconds: Annotated[int, Field(ge=10, le=604_800)] = 3600
+    """How long an exchange waits for its slowest site; who has not answered by then is missing from it. At most a week."""
 
 
 class PlanSpec(_Section):

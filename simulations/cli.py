@@ -40,14 +40,18 @@ def simulate(scenario: Path, rounds: int | None, out: Path, as_json: bool, verbo
     console = Console(stderr=True)
     console.print(f"[bold]{checked.plan.spec.name}[/bold]: {len(checked.spec.sites)} sites, run folder {folder}")
     play_engine(folder, checked, console, verbose=verbose)
+    conclude(folder, checked, console, as_json=as_json)
 
+
+def conclude(folder: Path, scenario: Scenario, console: Console, *, as_json: bool) -> None:
+    """Run the baselines; write and show what came of the run that has left its reports in ``folder``."""
     from simulations.baseline_runs import run_baselines
     from simulations.collect import collect_summary
     from simulations.report import write_report
     from simulations.summary import save_summary
 
-    baselines = run_baselines(folder, checked, console)
-    summary = collect_summary(folder, checked, baselines)
+    baselines = run_baselines(folder, scenario, console)
+    summary = collect_summary(folder, scenario, baselines)
     save_summary(summary, folder / "summary.json")
     write_report(summary, folder / "report.html")
     if as_json:
@@ -76,7 +80,7 @@ def play_engine(folder: Path, scenario: Scenario, console: Console, *, verbose: 
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         try:
-            follow(process, folder, scenario, console)
+            follow(lambda: process.poll() is None, folder, scenario, console)
         finally:
             end_group(process)
     if process.returncode != 0:

@@ -11,9 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 
+from fedseek.daemon.reports import Event, read_events
 from fedseek.he.params import noise_budget_bits
 from fedseek.plan import Plan
-from simulations.events import Event, coordinator_log, read_events, site_log
+from simulations.events import coordinator_log, site_log
 from simulations.scenario import Scenario
 from simulations.summary import (
     Baselines,

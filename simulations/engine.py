@@ -41,12 +41,13 @@ def play(run_folder: Path, scratch: Path) -> None:
     import ray
     from flwr.simulation import run_simulation
 
+    from fedseek.daemon.reports import EventLog, peak_rss_mb
     from fedseek.identity.roster import Roster
     from fedseek_server.app import build_server_app
     from fedseek_server.coordinator import Coordinator
     from fedseek_server.releasing import write_release
     from fedseek_site.app import build_client_app
-    from simulations.events import EventLog, coordinator_log, peak_rss_mb
+    from simulations.events import coordinator_log
     from simulations.hosts import deliver_to_host, start_hosts
     from simulations.run_folder import open_scenario
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import ray
 
-from simulations.events import EventLog, site_log
+from fedseek.daemon.reports import EventLog
+from simulations.events import site_log
 
 
 class SiteHost:
@@ -87,7 +88,7 @@ class SiteHost:
 
     def peak_rss_mb(self) -> float:
         """Largest resident set of this process so far, in MB."""
-        from simulations.events import peak_rss_mb
+        from fedseek.daemon.reports import peak_rss_mb
 
         return peak_rss_mb()
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from simulations.events import Event, EventTail, coordinator_log, site_log
+from fedseek.daemon.reports import Event
+from simulations.events import EventTail, coordinator_log, site_log
 from simulations.scenario import Scenario
 
 POLL_SECONDS = 0.2
@@ -66,16 +67,18 @@ class RunDisplay:
             self._console.print(words, highlight=False)
 
 
-def follow(process: subprocess.Popen[bytes], folder: Path, scenario: Scenario, console: Console) -> None:
-    """Show the run until its process ends."""
+def follow(
+    is_going: Callable[[], bool], folder: Path, scenario: Scenario, console: Console, *, coordinator: Path | None = None
+) -> None:
+    """Show the run while it is going on; ``coordinator`` is that party's report, where it is not in the run folder yet."""
     display = RunDisplay(scenario, console)
     tails = {site.name: EventTail(site_log(folder, site.name)) for site in scenario.spec.sites}
-    coordinator = EventTail(coordinator_log(folder))
+    told = EventTail(coordinator or coordinator_log(folder))
     with display.progress:
         running = True
         while running:
-            running = process.poll() is None
-            for event in coordinator.read_new():
+            running = is_going()
+            for event in told.read_new():
                 display.coordinator_event(event)
             for site, tail in tails.items():
                 for event in tail.read_new():

@@ -7,6 +7,7 @@ from fedseek.messages import (
     MASK_KEY,
     SELF_MASK,
     AggregateDown,
+    Continuation,
     GroupKeySealed,
     KeyRequest,
     KeysSealed,
@@ -41,7 +42,8 @@ DEALT = SharesDealt(
 )
 SEALED = GroupKeySealed(epoch=2**32 - 1, envelopes={SITE: b"sealed", PEER: b""})
 
-OFFER = PlanOffer(run=RUN, round=1, plan="{计划}".encode(), roster=b"\x90", make_key=True)
+OFFER = PlanOffer(run=RUN, round=1, plan="{计划}".encode(), roster=b"\x90", make_key=True, continues=None)
+CONTINUES = Continuation(run="丢失的运行", round=0)
 KEY = KeyRequest(run=RUN, epoch=1)
 SHARE = ShareRequest(run=RUN, round=3, listed=(0, 1, 2), keys=(KEYS,))
 ROUND = RoundRequest(
@@ -58,7 +60,8 @@ ROUND = RoundRequest(
 CLOSING = msgspec.structs.replace(ROUND, round=10_001, envelopes={}, next_listed=(), next_keys=())
 UNMASK = UnmaskRequest(run=RUN, round=3, survivors=(0, 1), presence={PEER: SIGNATURE})
 RELEASE = ReleaseRequest(run=RUN, previous=(), metrics=DOWN, envelopes={0: b"sealed"}, send_adapter=True)
-REQUESTS = [OFFER, KEY, SHARE, ROUND, CLOSING, UNMASK, RELEASE]
+CONTINUING = msgspec.structs.replace(OFFER, round=3, make_key=False, continues=CONTINUES)
+REQUESTS = [OFFER, CONTINUING, KEY, SHARE, ROUND, CLOSING, UNMASK, RELEASE]
 
 ADMITTED = PlanAdmitted(
     run=RUN,
@@ -70,6 +73,7 @@ ADMITTED = PlanAdmitted(
     signature=SIGNATURE,
     keys=(KEYS, KEYS),
     group_key=SEALED,
+    contributors=(0, 1023),
 )
 KEYS_SEALED = KeysSealed(run=RUN, site=SITE, group_key=SEALED)
 SHARES_SEALED = SharesSealed(run=RUN, site=SITE, shares=DEALT)

@@ -58,6 +58,7 @@ HOMES = {
     "flwr": (
         "server/fedseek_server/app.py",
         "server/fedseek_server/flower.py",
+        "server/fedseek_server/flower_host.py",
         "clients/fedseek_site/app.py",
         "clients/fedseek_site/flower.py",
         "simulations/",

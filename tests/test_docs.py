@@ -20,7 +20,12 @@ import pytest
 
 from fedseek import errors, messages
 from fedseek.cli import cli
+from fedseek.daemon import audit_lines
 from fedseek.identity import signing
+from fedseek_server import playing
+from fedseek_server.cli import cli as server_cli
+from fedseek_site import desk
+from fedseek_site.cli import cli as site_cli
 from simulations import scenario
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,14 +151,16 @@ def commands_in(text: str) -> list[tuple[str, ...]]:
 
 COMMANDS = sorted({command for page in PAGES for command in commands_in(page.read_text("utf-8"))})
 FEDSEEK = [command for command in COMMANDS if command[0] == "fedseek"]
+DAEMONS = {"fedseek-server": server_cli, "fedseek-site": site_cli}
+DAEMON = [command for command in COMMANDS if command[0] in DAEMONS]
 PLAN = [command for command in FEDSEEK if command[1] == "plan"]
 BENCHMARKS = [command for command in COMMANDS if command[0] == "python" and command[1].startswith("benchmarks/")]
 MODULES = [command for command in COMMANDS if command[:2] == ("python", "-m")]
 
 
-def parse(arguments: tuple[str, ...]) -> None:
-    """Let click parse a command as ``fedseek`` would; raises ``click.UsageError`` where it would refuse."""
-    command: click.Command | None = cli
+def parse(arguments: tuple[str, ...], program: click.Command = cli) -> None:
+    """Let click parse a command as the program would; raises ``click.UsageError`` where it would refuse."""
+    command: click.Command | None = program
     words = list(arguments)
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         name = words.pop(0)
@@ -172,13 +179,34 @@ def test_there_are_commands_to_check():
     assert first == [("make", "demo"), ("make", "test")]
     assert FEDSEEK
     assert BENCHMARKS
-    assert {command[0] for command in COMMANDS} <= {"make", "fedseek", "python"}
+    assert {command[0] for command in COMMANDS} <= {"make", "fedseek", "python", *DAEMONS}
 
 
 @pytest.mark.parametrize("command", FEDSEEK, ids=" ".join)
 def test_a_printed_command_parses_and_its_files_exist(command):
     parse(command[1:])
     assert [word for word in command if word.endswith(".toml") and not (ROOT / word).is_file()] == []
+
+
+@pytest.mark.parametrize("command", DAEMON, ids=" ".join)
+def test_a_printed_command_of_a_daemon_parses(command, monkeypatch):
+    monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))  # files of another machine
+    parse(command[1:], DAEMONS[command[0]])
+    example = [word for word in command if word.endswith(".example.toml") and not (ROOT / word).is_file()]
+    assert example == []
+
+
+@pytest.mark.parametrize("program", DAEMONS)
+def test_a_command_of_a_daemon_that_would_be_refused_is_noticed(program):
+    for words in (("sreve",), ("audit", "verify", "--no-such"), ("keys", "x")):
+        with pytest.raises(click.UsageError):
+            parse(words, DAEMONS[program])
+
+
+def test_every_command_of_a_daemon_is_in_its_runbook():
+    for program, page in (("fedseek-server", "server/README.md"), ("fedseek-site", "clients/README.md")):
+        text = (ROOT / page).read_text("utf-8")
+        assert [name for name in DAEMONS[program].commands if f"{program} {name}" not in text] == []
 
 
 @pytest.mark.parametrize("words", [("simulate", "x.toml", "--no-such"), ("plan", "chekc", "x.toml"), ("simulate",)])
@@ -282,11 +310,31 @@ def test_the_operating_page_names_every_exit_code():
 
 
 def test_the_operating_page_names_every_event_and_no_other():
-    sources = [path for path in FILES if path.suffix == ".py" and SHORT[path].split("/")[0] != "tests"]
+    permission = "clients/fedseek_site/permission.py"  # what it tells goes into the audit chain
+    sources = [
+        path
+        for path in FILES
+        if path.suffix == ".py" and SHORT[path].split("/")[0] != "tests" and SHORT[path] != permission
+    ]
     said = re.compile(r'(?:"event": |_tell\()"([\w-]+)"(?: if .+ else "([\w-]+)")?')
     told = {name for path in sources for found in said.findall(path.read_text("utf-8")) for name in found if name}
     named = {name for row in rows("docs/operating.md", "Events") for name in re.findall(r"[\w-]+", row[0])}
     assert named == told
+
+
+def test_the_operating_page_names_every_kind_of_line_in_an_audit_chain():
+    sources = [*ROOT.glob("server/fedseek_server/*.py"), *ROOT.glob("clients/fedseek_site/*.py")]
+    text = "\n".join(path.read_text("utf-8") for path in sources)
+    said = re.findall(r'(?:audit\.|self\._)record,?\(?\s*"([a-z-]+)"', text)
+    said += re.findall(r'closing\.callback\((?:daemon\.)?audit\.record, "([a-z-]+)"', text)
+    said += re.findall(r'self\._record\("([a-z-]+)"|kind = "([a-z-]+)" if .* else "([a-z-]+)"', text)
+    permission = (ROOT / "clients/fedseek_site/permission.py").read_text("utf-8")
+    said += re.findall(r'self\._tell\("([a-z-]+)"', permission)
+    told = {name for found in said for name in ([found] if isinstance(found, str) else found) if name}
+    told |= {kind for kind, _ in re.findall(r'\("(node-[a-z]+)", (added|removed)\)', text)}
+    told |= {*audit_lines.OWN_KINDS, *desk.AUDITED.values(), *playing.AUDITED.values()}
+    cells = [row[0] for row in rows("docs/operating.md", "Lines of the audit chain")]
+    assert {name for cell in cells for name in re.findall(r"[a-z-]+", cell)} == told
 
 
 def test_the_page_on_papers_names_every_paper_of_the_sources():

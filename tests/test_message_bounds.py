@@ -5,6 +5,8 @@ import pytest
 from example_messages import (
     ADMITTED,
     APPROVED,
+    CONTINUES,
+    CONTINUING,
     DEALT,
     DOWN,
     GIVEN_UP,
@@ -35,6 +37,7 @@ from fedseek.errors import Malformed
 from fedseek.messages import (
     MASK_KEY,
     AggregateDown,
+    Continuation,
     GroupKeySealed,
     KeyRequest,
     KeysSealed,
@@ -129,8 +132,14 @@ BOUNDS = {
             "plan": [b"x" * ((4 << 20) + 1), TEXT],
             "roster": [b"x" * ((4 << 20) + 1), TEXT],
             "make_key": [1, None, "true"],
+            "continues": [{}, {"run": "a"}, [], "a", 1],
         },
         dict,
+    ),
+    Continuation: (
+        CONTINUES,
+        {"run": [NOTHING, "x" * 129, None], "round": [-1, 10_004, "1", None]},
+        lambda part: {**plain(CONTINUING), "continues": part},
     ),
     KeyRequest: (KEY, {"run": [NOTHING, "x" * 129], "epoch": BAD_EPOCHS}, dict),
     ShareRequest: (
@@ -182,6 +191,7 @@ BOUNDS = {
             "signature": BAD_SIGNATURES,
             "keys": [[plain_of(KEYS)], [plain_of(KEYS)] * 3, [None, None]],
             "group_key": [{}, b""],
+            "contributors": BAD_POSITIONS,
         },
         dict,
     ),
@@ -251,7 +261,7 @@ def test_a_field_out_of_its_bounds_is_refused(struct, field, number):
     assert f".{field}" in refused(decode, packed(around(whole | {field: fields[field][number]})))
 
 
-@pytest.mark.parametrize("struct", [RoundKeys, SharesDealt, AggregateDown, GroupKeySealed])
+@pytest.mark.parametrize("struct", [RoundKeys, SharesDealt, AggregateDown, GroupKeySealed, Continuation])
 def test_parts_of_messages_take_no_unknown_field_and_miss_none(struct):
     good, _, around = BOUNDS[struct]
     decode = decoder_of(around(plain_of(good)))
@@ -263,7 +273,8 @@ def test_parts_of_messages_take_no_unknown_field_and_miss_none(struct):
 
 def test_each_message_and_each_part_of_one_has_its_bounds_tried():
     types = {type(message) for message in (*REQUESTS, *REPLIES)}
-    assert types | {RoundKeys, SharesDealt, AggregateDown, GroupKeySealed} == {*BOUNDS, KeysSealed, SharesSealed}
+    parts = {RoundKeys, SharesDealt, AggregateDown, GroupKeySealed, Continuation}
+    assert types | parts == {*BOUNDS, KeysSealed, SharesSealed}
 
 
 def test_the_largest_round_is_the_closing_round_of_the_longest_plan_and_its_neighbours():

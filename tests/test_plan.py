@@ -67,6 +67,8 @@ REFUSED = [
     ({"encryption__value_bits": 25}, "encryption.value_bits: ", ["less than or equal to 24"]),
     ({"encryption__key_days": 0}, "encryption.key_days: ", ["greater than or equal to 1", "got 0"]),
     ({"encryption__key_days": 91}, "encryption.key_days: ", ["less than or equal to 90", "got 91"]),
+    ({"cohort__deadline_seconds": 9}, "cohort.deadline_seconds: ", ["greater than or equal to 10", "got 9"]),
+    ({"cohort__deadline_seconds": 604_801}, "cohort.deadline_seconds: ", ["less than or equal to 604800"]),
     ({"encryption__key_days": 1.5}, "encryption.key_days: ", ["valid integer", "1.5"]),
     ({"cohort__min_sites": 2}, "cohort: ", ["min_sites 2 with 1 colluders", "at least colluders + 2"]),
     ({"cohort__colluders": 2}, "cohort: ", ["min_sites 3 with 2 colluders", "fewer than 2 honest"]),

@@ -80,6 +80,7 @@ CHANGES = [
     {"cohort__max_sites": 9},
     {"cohort__weighting": "records"},
     {"cohort__record_cap": 2},
+    {"cohort__deadline_seconds": 60},
 ]
 
 

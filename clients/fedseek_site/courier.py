@@ -6,6 +6,8 @@ SuperNode and worker are two threads of this one process, with Flower's Runtime 
 socket. What the coordinator sends ends up here first, so this process has neither data nor keys but its node key, may
 run under another account, and never writes or imports the code of a bundle: the worker passes bytes to the site service
 and passes its answer back, for messages under the one code-free bundle (fedseek/daemon/bundle.py), and refuses the rest.
+
+Run by the site's daemon as its child, or under an account of its own by systemd, which starts it again when it ends.
 """
 
 from __future__ import annotations
@@ -22,27 +24,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, NoReturn
 
 from fedseek.daemon.bundle import bundle_digest, code_free_bundle
 from fedseek.daemon.supervise import Child, die_with_parent
-from fedseek.errors import FedseekError, Unreachable
-from fedseek_site.socket_service import call
-
-if TYPE_CHECKING:
-    from fedseek_site.flower import Error
+from fedseek.errors import AddressTaken, FedseekError, Unreachable
+from fedseek_site.gate import Credentials, Failure, load_authority, load_node_key
+from fedseek_site.socket_service import LONGEST_PATH, call
 
 AWAY_SECONDS: Final = 60.0  # that the site service may take to come back before the coordinator is told
-# Flower reads these when it is imported, so they are set before the process starts
+RETRY_SECONDS: Final = 0.5
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two knocks at the gate; doubled each time
+# Flower reads these when it is imported
 ENVIRONMENT: Final = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_LOG_LEVEL": "WARNING",
-    "PYTHONUNBUFFERED": "1",
 }
+# glibc reads these when the process starts. Otherwise it keeps the freed pieces of a large message, in each thread's
+# own arena: 880 MB at most for a message of 200 MB each way, against 630 MB
+ALLOCATOR: Final = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("fedseek_site.courier")  # also when this file is the program
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,27 +70,34 @@ class CourierSettings:
 
 def courier(settings: CourierSettings, *, log_file: Path | None = None) -> Child:
     """The child process, for ``fedseek.daemon.supervise.supervise``."""
-    command = [sys.executable, "-m", "fedseek_site.courier", "--state", str(settings.state)]
+    command = [sys.executable, "-P", "-m", "fedseek_site.courier", "--state", str(settings.state)]
     command += ["--coordinator", settings.coordinator, "--ca", str(settings.ca)]
     command += ["--node-key", str(settings.node_key), "--service", str(settings.service)]
-    environment = {**ENVIRONMENT, "FLWR_HOME": str(settings.state / "flower"), "HOME": str(settings.state)}
-    return Child("courier", tuple(command), environment, log_file)
+    return Child("courier", tuple(command), {"HOME": str(settings.state), **ALLOCATOR}, log_file)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the courier until SIGTERM or the end of the parent process."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the courier that the arguments describe."""
     parser = argparse.ArgumentParser(prog="fedseek_site.courier")
     for name in ("state", "ca", "node-key", "service"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--coordinator", required=True)
     settings = CourierSettings(**vars(parser.parse_args(arguments)))
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
+    logging.getLogger("fedseek_site").setLevel(logging.INFO)
+    run_courier(settings)
+
+
+def run_courier(settings: CourierSettings) -> NoReturn:
+    """Be the courier, until SIGTERM or the end of the parent process. While the gate is shut, knock again and again."""
+    os.environ.update(ENVIRONMENT, FLWR_HOME=str(settings.state / "flower"))
     die_with_parent()
     try:
         _run(settings)
     except FedseekError as error:
-        sys.exit(f"fedseek-site courier: {error}")
+        sys.exit(f"fedseek-site courier: {_one_line(error)}")
+    except OSError as error:  # our own folder: no right to it, disk full
+        sys.exit(f"fedseek-site courier: {settings.state}: {error}")
     sys.exit(1)  # a SuperNode does not end by itself
 
 
@@ -95,23 +106,58 @@ def _run(settings: CourierSettings) -> None:
 
     os.umask(0o077)
     settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    key, ca = flower.load_node_key(settings.node_key), settings.ca.read_bytes()
-    node = flower.take_place(settings.coordinator, ca, key, settings.state / "node")
-    _log.info("connected to %s as node %d", settings.coordinator, node)
-    path, secret, bell = settings.state / "runtime.sock", secrets.token_bytes(32), threading.Event()
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        tasks = flower.Tasks(path, secret, frozenset({bundle_digest(code_free_bundle())}))
-        deliver = _delivery(settings.service, away=flower.AWAY, refused=flower.REFUSED)
+    secret, bell = secrets.token_bytes(32), threading.Event()
+    with _private_socket(settings.state / "runtime.sock") as listener:
+        credentials = _knock(settings, flower.take_place)
+        tasks = flower.Tasks(settings.state / "runtime.sock", secret, frozenset({bundle_digest(code_free_bundle())}))
+        deliver = delivery(settings.service)
         threading.Thread(target=work, args=(tasks.answer_next, deliver, bell), name="worker", daemon=True).start()
-        flower.run_supernode(settings.coordinator, ca, key, listener, secret, bell)
+        flower.run_supernode(credentials, listener, secret, bell)
+
+
+def _knock(settings: CourierSettings, take_place: Callable[[Credentials, Path], int]) -> Credentials:
+    """Try until the gate lets us in; a failure is told once, not each time.
+
+    Everything is read anew each time, so a person may put right what is wrong while this runs.
+    """
+    pause, told = FIRST_PAUSE, ""
+    while True:
+        try:
+            key, authority = load_node_key(settings.node_key), load_authority(settings.ca)
+            credentials = Credentials(settings.coordinator, authority, key)
+            node = take_place(credentials, settings.state / "node")
+            _log.info("connected to %s as node %d", settings.coordinator, node)
+            return credentials
+        except FedseekError as error:
+            if (text := _one_line(error)) != told:
+                _log.error("%s; tried again until it works", text)
+                told = text
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _private_socket(path: Path) -> socket.socket:
+    """A listening Unix socket in our own folder; the umask keeps others out.
+
+    Raises:
+        AddressTaken: the path is too long for one.
+    """
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        raise AddressTaken(f"{path}: got {len(os.fsencode(path))} bytes, wanted at most {LONGEST_PATH} for a socket")
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+def _one_line(error: FedseekError) -> str:
+    return f"{error.code}: {error.message} ({error.hint})" if error.hint else f"{error.code}: {error.message}"
 
 
 def work(
-    answer_next: Callable[[Callable[[bytes], bytes | Error]], bool],
-    deliver: Callable[[bytes], bytes | Error],
+    answer_next: Callable[[Callable[[bytes], bytes | Failure]], bool],
+    deliver: Callable[[bytes], bytes | Failure],
     bell: threading.Event,
 ) -> None:
     """Answer messages for ever, whenever the bell says that there may be one.
@@ -132,26 +178,29 @@ def work(
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _delivery(service: Path, *, away: Error, refused: Error) -> Callable[[bytes], bytes | Error]:
-    """Hand a message to the site service; while that is being restarted, try again."""
+def delivery(service: Path, *, away: float = AWAY_SECONDS) -> Callable[[bytes], bytes | Failure]:
+    """Hands a message to the site service; while that is being restarted, tries again for ``away`` seconds.
 
-    def deliver(request: bytes) -> bytes | Error:
-        given_up_at = time.monotonic() + AWAY_SECONDS
+    Nothing else than the site's own answer or one of the three failures comes out.
+    """
+
+    def deliver(request: bytes) -> bytes | Failure:
+        given_up_at = time.monotonic() + away
         while True:
             started = time.monotonic()
             try:
                 return call(service, request)
             except Unreachable as error:
                 now = time.monotonic()
-                if now - started > AWAY_SECONDS:
-                    given_up_at = now + AWAY_SECONDS  # it was there, working, until just now
+                if now - started > away:
+                    given_up_at = now + away  # it was there, working, until just now
                 if now > given_up_at:
-                    _log.warning("%s", error.message)
-                    return away
-                time.sleep(0.5)
+                    _log.warning("%s", _one_line(error))
+                    return Failure.AWAY
+                time.sleep(RETRY_SECONDS)
             except FedseekError as error:
-                _log.warning("%s", error.message)
-                return refused
+                _log.warning("%s", _one_line(error))
+                return Failure.REFUSED
 
     return deliver
 

@@ -61,6 +61,7 @@ def admit(run: SiteRun, state: SiteState, offer: PlanOffer) -> tuple[SiteState, 
         signature=sign(run.identity, CONTEXT_PLAN, run.federation.bind()),
         keys=(rounds[offer.round].keys, rounds[offer.round + 1].keys),
         group_key=_seal_group_key(run, state, 0) if offer.make_key else None,
+        contributors=state.contributors,
     )
     return replace(state, rounds={**state.rounds, **rounds}), reply
 

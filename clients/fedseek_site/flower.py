@@ -2,37 +2,47 @@
 
 :func:`run_supernode` is Flower's own SuperNode loop, in isolation mode ``process``, with its Runtime interface on a
 private Unix socket in place of a port and with shorter pauses. :class:`Tasks` is what a worker needs of that interface:
-the next message, and a way to answer it. Bundles stay in the SuperNode's memory: nothing here writes or imports one.
+the next message, and a way to answer it. Bundles stay in the SuperNode's memory: nothing here unpacks, writes or imports
+one. What the coordinator answers is bounded, and cannot send the courier elsewhere: see gate.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import flwr.supernode.fleet_http_connection as fleet_connection
 import flwr.supernode.start_client_internal as supernode
 import httpx
 import uvicorn
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import Context, Error, Message
+from flwr import __version__ as flower_version
+from flwr.app import Error, Message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, ErrorCode, SubStatus
-from flwr.common.serde import context_from_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+from flwr.common.serde import context_from_proto, message_from_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+)
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullAppMessagesRequest,
+    PullAppMessagesResponse,
     PullTaskInputRequest,
     SendTaskHeartbeatRequest,
 )
+from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
@@ -47,6 +57,7 @@ from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVers
 from flwr.supercore.interceptors.http.superexec_auth import SuperExecAuthHttpInterceptor
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -56,23 +67,52 @@ from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
+from fedseek.daemon.bundle import bundle_digest
 from fedseek.daemon.supervise import repeat
-from fedseek.errors import Malformed, NotAdmitted, Unreachable
+from fedseek.errors import Malformed, SessionOver, TooLarge, Unreachable
+from fedseek.identity.secret_files import write_secret_file
 from fedseek_site.app import from_record, to_record
+from fedseek_site.gate import CHUNK_BYTES, HTTP_SECONDS, Credentials, Failure, explained, guarded_http
 
 PAUSE_SECONDS: Final = 0.1  # Flower: 3 s between two requests for messages, 0.5 s between two looks for a reply
 BACKOFF_SECONDS: Final = 0.05  # Flower: 1 s before an object that is not there yet is asked for again
 LOST_SECONDS: Final = 200.0  # after which an object does not come any more: Flower keeps an upload open for 180 s
 HEARTBEAT_SECONDS: Final = 10.0
-HTTP_SECONDS: Final = 30.0
+MOST_OBJECTS: Final = (1 << 30) // CHUNK_BYTES + 8  # of a message: its chunks, and what Flower wraps them in
+WANTED_VERSION: Final = "1.41.0"
+_flowers_pull: Final = supernode._pull_and_store_message
 _ACQUIRE: Final = "/flwr.proto.Runtime/AcquireTask"
+_log = logging.getLogger(__name__)
 
-REFUSED: Final = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the site refused the message")
-AWAY: Final = Error(ErrorCode.CLIENT_APP_CRASHED, "the site service is away")
-WRONG_BUNDLE: Final = Error(ErrorCode.INVALID_FAB, "the site runs no such bundle")
+_CODES: Final = {
+    Failure.REFUSED: ErrorCode.CLIENT_APP_RAISED_EXCEPTION,
+    Failure.AWAY: ErrorCode.CLIENT_APP_CRASHED,  # the coordinator sends its request again
+    Failure.WRONG_BUNDLE: ErrorCode.INVALID_FAB,
+}
 
 
 # ------------------------------------------------------------------------------------------------------ the SuperNode
+class _GuardedClient(FleetHttpClient):
+    """Flower's client of the fleet gate, over gate.py's connection; takes no message larger than any of ours."""
+
+    def __init__(self, base_url: str, **options: Any) -> None:
+        super().__init__(base_url, **options)
+        self._client.close()
+        self._client = guarded_http(options["verify"])
+
+    def PullMessages(self, request: PullMessagesRequest) -> PullMessagesResponse:  # noqa: N802  (Flower's name)
+        """As Flower's.
+
+        Raises:
+            TooLarge: the message has more objects than any of ours.
+        """
+        answer = super().PullMessages(request)
+        count = sum(1 for tree in answer.message_object_trees for _ in iterate_object_tree(tree))
+        if count > MOST_OBJECTS:
+            raise TooLarge(f"coordinator: got a message of {count} objects, wanted at most {MOST_OBJECTS}")
+        return answer
+
+
 class _RingingState(InMemoryNodeState):
     """Flower's node state; rings when a message has come whole, so that the worker need not ask for tasks all the time.
 
@@ -91,21 +131,21 @@ class _RingingState(InMemoryNodeState):
             self._bell.set()
         return super().get_messages_legacy(run_ids=run_ids, is_reply=is_reply, limit=limit)
 
+    def create_task(self, task_type: str, *others: Any, **named: Any) -> int | None:
+        """Whatever kind of run the coordinator calls it, our worker answers: a task of another kind waits for ever."""
+        return super().create_task(TaskType.CLIENT_APP, *others, **named)
 
-def run_supernode(
-    address: str, ca: bytes, key: ec.EllipticCurvePrivateKey, listener: Any, secret: bytes, bell: threading.Event
-) -> None:
+
+def run_supernode(credentials: Credentials, listener: socket.socket, secret: bytes, bell: threading.Event) -> None:
     """Flower's SuperNode. Returns when Flower gives up; ends the process on SIGTERM and SIGINT (Flower's handlers).
 
     Args:
-        address: HOST:PORT of the coordinator's fleet gate.
-        ca: PEM of the authority that its certificate must be from.
-        key: the site's node key.
+        credentials: for the coordinator's fleet gate.
         listener: a bound Unix socket for the Runtime interface.
         secret: without which no task is given out there.
         bell: set when a message has come.
     """
-    _shorten_pauses()
+    adapt_flower()
     logging.getLogger("flwr").setLevel(logging.WARNING)
     objects = ObjectStoreFactory()
     factory = NodeStateFactory(objectstore_factory=objects)
@@ -115,44 +155,64 @@ def run_supernode(
     threading.Thread(target=server.run, args=([listener],), name="runtime", daemon=True).start()
     supernode.start_client_internal(
         state_factory=factory,
-        server_address=address,
+        server_address=credentials.address,
         node_config={},
-        root_certificates=ca,
+        root_certificates=credentials.authority,
         insecure=False,
-        authentication_keys=(key, key.public_key()),
+        authentication_keys=(credentials.key, credentials.key.public_key()),
         isolation="process",
         superexec_auth_secret=secret,
         runtime_dependency_install=False,
     )
 
 
-def _shorten_pauses() -> None:
-    """Flower's pauses are constants in its functions. The gate holds requests, so short ones cost nothing."""
+def adapt_flower() -> None:
+    """Change what Flower has as constants in its functions.
+
+    Pauses: the gate holds requests, so short ones cost nothing. The client: see above. The bundle: its configuration is
+    of no use to us, so it is not unpacked.
+
+    Raises:
+        NotImplementedError: another Flower than the one this was written for and tested with.
+    """
+    defaults = pull_objects.__kwdefaults__
+    wanted = {"initial_backoff", "backoff_cap", "max_tries_per_object", "max_time"}
+    if flower_version != WANTED_VERSION or defaults is None or wanted - set(defaults):
+        raise NotImplementedError(
+            f"got flwr {flower_version}, wanted {WANTED_VERSION}: install what pyproject.toml says"
+        )
+    defaults.update(initial_backoff=BACKOFF_SECONDS, backoff_cap=0.2, max_tries_per_object=None, max_time=LOST_SECONDS)
     clock = types.SimpleNamespace(**{name: getattr(time, name) for name in dir(time) if not name.startswith("_")})
     clock.sleep = lambda seconds: time.sleep(min(seconds, PAUSE_SECONDS))
     vars(supernode)["time"] = clock
-    defaults = pull_objects.__kwdefaults__
-    if defaults is None or {"initial_backoff", "backoff_cap", "max_tries_per_object"} - set(defaults):
-        raise NotImplementedError("flwr is not 1.41.0: pull_objects has other arguments")
-    defaults.update(initial_backoff=BACKOFF_SECONDS, backoff_cap=0.2, max_tries_per_object=None, max_time=LOST_SECONDS)
+    vars(supernode)["get_fused_config_from_fab"] = lambda bundle, run: {}
+    vars(fleet_connection)["FleetHttpClient"] = _GuardedClient
+    vars(supernode)["_pull_and_store_message"] = _pull_and_store_message
 
 
-def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read a node key (OpenSSH form, no passphrase).
+def _pull_and_store_message(**named: Any) -> int | None:
+    """As Flower's, which takes back what it cannot receive whole, but not when the run of Flower's ended meanwhile.
 
-    Raises:
-        NotAdmitted: it is not one.
+    Message and task would stay, be answered, and that answer be pushed in place of the next message's own; that one would
+    wait until yet another message comes. So the end of a run is told as any other failure.
     """
-    try:
-        key = load_ssh_private_key(path.read_bytes(), None)
-    except (OSError, ValueError) as error:
-        raise NotAdmitted(f"{path}: no readable node key ({type(error).__name__})") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise NotAdmitted(f"{path}: got a key of another kind, wanted an elliptic curve key in OpenSSH form")
-    return key
+    for name in ("pull_object", "confirm_message_received"):
+        named[name] = _failing(named[name])
+    return _flowers_pull(**named)
 
 
-def take_place(address: str, ca: bytes, key: ec.EllipticCurvePrivateKey, memory: Path) -> int:
+def _failing(call: Callable[..., Any]) -> Callable[..., Any]:
+    def told(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except RunNotRunningException:  # a BaseException
+            raise SessionOver("the run of Flower's has ended") from None
+
+    return told
+
+
+# ------------------------------------------------------------------------------------------------------- at the gate
+def take_place(credentials: Credentials, memory: Path) -> int:
     """Make sure that the gate admits this node, and that it has no place taken by a predecessor that was killed.
 
     Flower refuses a node that it still holds for connected, which after a ``kill -9`` it does for a minute. The node may
@@ -167,37 +227,31 @@ def take_place(address: str, ca: bytes, key: ec.EllipticCurvePrivateKey, memory:
     """
     interceptors: list[Any] = [
         RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-        NodeAuthHttpInterceptor(key, key.public_key()),
+        NodeAuthHttpInterceptor(credentials.key, credentials.key.public_key()),
     ]
-    with FleetHttpClient.from_server_address(address, False, ca, interceptors) as client, _explained(address):
-        if memory.exists():
-            node = int(memory.read_text("ascii"))
-        else:
-            public_key = public_key_to_bytes(key.public_key())
-            asked = ActivateNodeRequest(public_key=public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-            node = client.ActivateNode(asked).node_id
-            memory.write_text(str(node), "ascii")
-        try:
-            client.DeactivateNode(DeactivateNodeRequest(node_id=node))
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code == httpx.codes.UNAUTHORIZED:
-                memory.unlink()  # enrolled anew: another number
-                raise
+    address, authority = credentials.address, credentials.authority
+    with _GuardedClient.from_server_address(address, False, authority, interceptors) as client, explained(address):
+        node = _remembered(memory)
+        if node is not None:
+            try:
+                client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+            except httpx.HTTPStatusError:
+                memory.unlink()  # enrolled anew, with another number, or not any more: asking for it will tell
+            else:
+                return node
+        public_key = public_key_to_bytes(credentials.key.public_key())
+        asked = ActivateNodeRequest(public_key=public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        node = int(client.ActivateNode(asked).node_id)
+        write_secret_file(memory, str(node).encode())
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
     return node
 
 
-@contextmanager
-def _explained(address: str) -> Iterator[None]:
+def _remembered(memory: Path) -> int | None:
     try:
-        yield
-    except httpx.HTTPStatusError as error:
-        text = error.response.text[:200] if error.response.status_code == httpx.codes.UNAUTHORIZED else ""
-        raise NotAdmitted(
-            f"{address}: HTTP {error.response.status_code} {text}".rstrip(),
-            hint="compare the node key's fingerprint with the coordinator's roster, and both clocks",
-        ) from error
-    except httpx.TransportError as error:
-        raise Unreachable(f"{address}: {error}", hint="it is tried again") from error
+        return int(memory.read_bytes()[:20])
+    except (OSError, ValueError):
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------- the worker
@@ -205,18 +259,18 @@ class Tasks:
     """The SuperNode's Runtime interface, as its worker uses it.
 
     Args:
-        socket: where the interface is.
+        path: of the socket where the interface is.
         secret: proves that we are the worker.
         allowed: digests of the bundles that may be answered for.
     """
 
-    def __init__(self, socket: Path, secret: bytes, allowed: frozenset[str]) -> None:
-        self._socket = socket
+    def __init__(self, path: Path, secret: bytes, allowed: frozenset[str]) -> None:
+        self._path = path
         self._allowed = allowed
         proof = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({_ACQUIRE}))
         self._acquirer = self._client(proof)
 
-    def answer_next(self, answer: Callable[[bytes], bytes | Error]) -> bool:
+    def answer_next(self, answer: Callable[[bytes], bytes | Failure]) -> bool:
         """Answer one message, if there is one. False if there was none.
 
         A message under another bundle is answered with an error, unread; the bundle is neither written nor imported.
@@ -233,7 +287,7 @@ class Tasks:
             raise Unreachable(f"SuperNode: {type(error).__name__}") from error
         return True
 
-    def _answer(self, token: str, answer: Callable[[bytes], bytes | Error]) -> None:
+    def _answer(self, token: str, answer: Callable[[bytes], bytes | Failure]) -> None:
         client = self._client(RuntimeTokenHttpInterceptor(token))
         stop_heartbeat = repeat(HEARTBEAT_SECONDS, lambda: _beat(client), name="task-heartbeat")
         try:
@@ -241,42 +295,70 @@ class Tasks:
             TaskIdentity.task_id, TaskIdentity.run_id = begun.task_id, begun.run.run_id
             TaskIdentity.node_id = begun.context.node_id
             context = context_from_proto(begun.context)
+            pulled = client.PullMessages(PullAppMessagesRequest())
             ended, details = SubStatus.COMPLETED, ""
             try:
-                message = _whole_message(client, context)
+                content = self._content(client, begun.fab.content, pulled, answer)
             except ObjectPullError:
                 ended, details = SubStatus.FAILED, "incomplete"
             else:
-                content: bytes | Error = WRONG_BUNDLE
-                if begun.fab.hash_str in self._allowed:
-                    content = _answered(message, answer)
-                reply = Message(content if isinstance(content, Error) else to_record(content), reply_to=message)
-                push_message(client, reply, context)
+                asked = message_from_proto(pulled.messages_list[0])
+                push_message(client, _reply(content, asked), context)
             push_task_output(client=client, context=context, sub_status=ended, details=details)
         finally:
             stop_heartbeat()
             client.close()
 
+    def _content(
+        self,
+        client: RuntimeHttpClient,
+        bundle: bytes,
+        pulled: PullAppMessagesResponse,
+        answer: Callable[[bytes], bytes | Failure],
+    ) -> bytes | Failure:
+        """What to reply.
+
+        Raises:
+            ObjectPullError: the message is not all there. When a run ends while the SuperNode takes a message of it,
+                Flower 1.41 forgets to take back the task: its objects never come, and waiting would block the site.
+        """
+        if not pulled.messages_list:
+            raise ObjectPullError("", "no message")
+        tree = pulled.message_object_trees[0]
+        if bundle_digest(bundle) not in self._allowed:
+            _log.warning("a message came under another bundle than the one allowed; it is refused")
+            client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(message_object_id=tree.object_id))
+            return Failure.WRONG_BUNDLE
+        try:
+            request = from_record(_whole_message(client, tree).content)
+        except (Malformed, UnexpectedObjectContentError, ValueError, KeyError, TypeError) as error:
+            _log.warning("a message came that is none of ours (%s); it is refused", type(error).__name__)
+            return Failure.REFUSED
+        return answer(request)
+
     def _client(self, *interceptors: Any) -> RuntimeHttpClient:
         version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
         client = RuntimeHttpClient("http://supernode", interceptors=[version, *interceptors])
         client._client.close()
-        client._client = httpx.Client(transport=httpx.HTTPTransport(uds=str(self._socket)), timeout=HTTP_SECONDS)
+        client._client = httpx.Client(transport=httpx.HTTPTransport(uds=str(self._path)), timeout=HTTP_SECONDS)
         return client
 
 
-def _whole_message(client: RuntimeHttpClient, context: Context) -> Message:
-    """The message of a task.
+def _reply(content: bytes | Failure, asked: Message) -> Message:
+    if isinstance(content, Failure):
+        return Message(Error(_CODES[content], content.value), reply_to=asked)
+    return Message(to_record(content), reply_to=asked)
+
+
+def _whole_message(client: RuntimeHttpClient, tree: ObjectTree) -> Message:
+    """A message of which the SuperNode has every object.
 
     Raises:
-        ObjectPullError: it is not all there. When a run ends while the SuperNode takes a message of it, Flower 1.41
-            forgets to take back the task: its objects never come, and to wait for them would block the site.
+        ObjectPullError: it has not.
+        UnexpectedObjectContentError, ValueError, KeyError, TypeError: the objects do not make a message.
     """
-    pulled = client.PullMessages(PullAppMessagesRequest())
-    if not pulled.messages_list:
-        raise ObjectPullError("", "no message")
-    node = Node(node_id=context.node_id)
-    pull = make_pull_object_fn_protobuf(client.PullObject, node, context.run_id)
+    node = Node(node_id=TaskIdentity.node_id)
+    pull = make_pull_object_fn_protobuf(client.PullObject, node, TaskIdentity.run_id)
 
     def pull_now(object_id: str) -> bytes:
         try:
@@ -284,19 +366,8 @@ def _whole_message(client: RuntimeHttpClient, context: Context) -> Message:
         except ObjectUnavailableError as error:
             raise ObjectPullError(object_id, "it is not there") from error
 
-    confirm = make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, context.run_id)
-    tree = pulled.message_object_trees[0]
-    message = pull_and_inflate_object_from_tree(tree, pull_now, confirm, return_type=Message)
-    message.metadata.__dict__["_message_id"] = tree.object_id
-    return message
-
-
-def _answered(message: Message, answer: Callable[[bytes], bytes | Error]) -> bytes | Error:
-    try:
-        request = from_record(message.content)
-    except Malformed:
-        return REFUSED
-    return answer(request)
+    confirm = make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, TaskIdentity.run_id)
+    return pull_and_inflate_object_from_tree(tree, pull_now, confirm, return_type=Message)
 
 
 def _beat(client: RuntimeHttpClient) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from fedseek.plan import Plan
 from fedseek.release import model_card, privacy_statement, statement_bytes
 from fedseek_site.run import SiteRun
 from fedseek_site.state import SiteState
-from fedseek_site.sums import apply_previous, read_sum, take_group_keys
+from fedseek_site.sums import apply_previous, read_sum, remember, take_group_keys
 from fedseek_site.training import evaluate_weights, spend_of
 from fedseek_site.weights import digests_of, load_weights, to_values
 
 _STATEMENT = "privacy.json"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}")
 _AT_HOME = """
 ## This site's head
 
@@ -60,6 +62,7 @@ class FinishedRun:
         steps: trained at this site.
         utility: over the sites of this site's kind, or over its own rows.
         note: what the model card says about head and figure beyond the usual; may be empty.
+        earlier_runs: those that this one goes on from; a release of theirs is replaced.
     """
 
     run: str
@@ -72,6 +75,7 @@ class FinishedRun:
     steps: int
     utility: float
     note: str = ""
+    earlier_runs: tuple[str, ...] = ()
 
 
 def release(run: SiteRun, state: SiteState, request: ReleaseRequest) -> tuple[SiteState, ReleaseApproved]:
@@ -88,7 +92,8 @@ def release(run: SiteRun, state: SiteState, request: ReleaseRequest) -> tuple[Si
         raise WrongRound(f"got the metrics of round {request.metrics.round}, wanted those of {run.closing_round}")
     keys = take_group_keys(run, state, request.envelopes)
     last = run.closing_round - 1
-    scopes = apply_previous(run, state, keys, request.previous, until=last, seconds={})
+    applied = apply_previous(run, state, keys, request.previous, until=last, seconds={})
+    scopes = applied.scopes
     utility, note = _final_utility(run, state, keys, request.metrics, scopes=scopes)
     load_weights(run.model, scopes)
     finished = FinishedRun(
@@ -102,11 +107,12 @@ def release(run: SiteRun, state: SiteState, request: ReleaseRequest) -> tuple[Si
         steps=state.steps_done,
         utility=utility,
         note=note,
+        earlier_runs=state.earlier_runs,
     )
     approval = write_site_release(finished, run.release_folder, send_adapter=request.send_adapter)
     run.observe({"event": "released", "utility": utility, "guards_passed": list(state.guards_passed)})
-    after = replace(state, scopes=to_values(scopes), last_applied=last, group_keys={}, rounds={}, released=True)
-    return after, approval
+    after = remember(run, state, applied)
+    return replace(after, scopes=to_values(scopes), group_keys={}, rounds={}, released=True), approval
 
 
 def write_site_release(finished: FinishedRun, folder: Path, *, send_adapter: bool) -> ReleaseApproved:
@@ -146,7 +152,8 @@ def write_site_release(finished: FinishedRun, folder: Path, *, send_adapter: boo
         (draft / "README.md").write_text(card + finished.note, "utf-8")
         (draft / _STATEMENT).write_bytes(document)
         (draft / "privacy.sig").write_bytes(signature)
-        _put_in_place(draft, folder, run=finished.run, aside=Path(scratch) / "before")
+        runs = (finished.run, *finished.earlier_runs)
+        _put_in_place(draft, folder, runs=runs, aside=Path(scratch) / "before")
     return ReleaseApproved(
         run=finished.run,
         site=identity.name,
@@ -157,17 +164,26 @@ def write_site_release(finished: FinishedRun, folder: Path, *, send_adapter: boo
     )
 
 
-def _put_in_place(draft: Path, folder: Path, *, run: str, aside: Path) -> None:
+def _put_in_place(draft: Path, folder: Path, *, runs: Sequence[str], aside: Path) -> None:
     if folder.exists():
-        if _run_of(folder) != run:
-            raise ReleaseRefused(
-                f"{folder} exists and holds no release of run {run!r}", hint="move it away, or name another folder"
-            )
-        folder.rename(aside)
+        held = _run_of(folder)
+        if held is None:
+            raise ReleaseRefused(f"{folder} exists and holds no release", hint="move it away, or name another folder")
+        folder.rename(aside if held in runs else _shelf(folder, held))
     for path in (*draft.rglob("*"), draft):
         _sync(path)  # the step is done once: what it wrote must outlast a power failure as its answer does
     os.replace(draft, folder)
     _sync(folder.parent)
+
+
+def _shelf(folder: Path, run: str) -> Path:
+    """Where the release of an earlier run is kept, beside the newest one."""
+    name = run if _PLAIN_NAME.fullmatch(run) else hashlib.sha256(run.encode()).hexdigest()[:16]
+    shelf, number = folder.with_name(f"{folder.name}-{name}"), 1
+    while shelf.exists():
+        number += 1
+        shelf = folder.with_name(f"{folder.name}-{name}-{number}")
+    return shelf
 
 
 def _sync(path: Path) -> None:

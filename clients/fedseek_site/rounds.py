@@ -37,16 +37,17 @@ from fedseek.tag import add_tags, tag_key
 from fedseek_site.entering import deal_round, draw_round
 from fedseek_site.run import SiteRun, timed
 from fedseek_site.state import RoundState, SiteState
-from fedseek_site.sums import apply_previous, encryption_key, take_group_keys
+from fedseek_site.sums import Applied, apply_previous, encryption_key, remember, take_group_keys
 from fedseek_site.training import (
     LocalWork,
     encode,
     evaluate_weights,
+    has_steps_left,
     rest,
     spend_of,
     train,
 )
-from fedseek_site.weights import digests_of, to_values
+from fedseek_site.weights import to_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +84,19 @@ def play_round(run: SiteRun, state: SiteState, request: RoundRequest) -> tuple[S
         coming, shares = _prepare_next(run, state, request)
     keys = take_group_keys(run, state, request.envelopes)
     key = encryption_key(run, keys, request.epoch)
-    before = apply_previous(run, state, keys, request.previous, until=number - 1, seconds=seconds)
+    applied = apply_previous(run, state, keys, request.previous, until=number - 1, seconds=seconds)
+    before = applied.scopes
     with timed(seconds, "evaluate"):
         evaluation = evaluate_weights(run, before, number=number - 1)
     with timed(seconds, "train"):
-        work = rest(run, state, before) if number == run.closing_round else train(run, state, before, number=number)
+        work = _work(run, state, applied, number)
     with timed(seconds, "encode"):
         encoded = encode(run, _to_send(run, work, entered), before, evaluation)
     update = _protect(run, entered, encoded, key, seconds=seconds)
     _report_round(run, number, work, seconds, update)
 
-    digests = digests_of(before, run.shared)
+    after = remember(run, state, applied)
+    digests = after.digests
     vouched = presence_message(
         run.federation, entered.graph, entered.participants, epoch=key.epoch, digest=digests[GLOBAL_SCOPE]
     )
@@ -117,7 +120,7 @@ def play_round(run: SiteRun, state: SiteState, request: RoundRequest) -> tuple[S
         prepared, secrets=None, peers={}, held=kept, participants=participants, epoch=key.epoch, vouched=vouched
     )
     rounds = {**{later: each for later, each in state.rounds.items() if later > number}, **coming, number: sent}
-    return _after_round(run, state, work, keys, key, rounds=rounds, number=number), reply
+    return _after_round(after, work, keys, key, rounds=rounds, number=number), reply
 
 
 def unmask(run: SiteRun, state: SiteState, request: UnmaskRequest) -> tuple[SiteState, SharesRevealed]:
@@ -205,6 +208,20 @@ def _prepare_next(
     return coming, shares
 
 
+def _work(run: SiteRun, state: SiteState, applied: Applied, number: int) -> LocalWork:
+    """Train, or in the closing round rest.
+
+    Where a coordinator was lost, rounds were trained whose sums never came; a site trains no more steps than the plan
+    has all the same, so in as many of the last rounds its update is zeros.
+    """
+    if number == run.closing_round:
+        return rest(run, state, applied.scopes, scopes=[scope for scope in run.shared if scope == run.head])
+    if has_steps_left(run, state):
+        return train(run, state, applied.scopes, number=number)
+    run.observe({"event": "plan-spent", "round": number, "steps": state.steps_accounted})
+    return rest(run, state, applied.scopes, scopes=run.shared)
+
+
 def _to_send(run: SiteRun, work: LocalWork, entered: Entered) -> dict[str, Float32Vector]:
     """The updates of those scopes that enough sites of this kind take part in; another head waits for the next round."""
     sent = run.federation.summed_scopes(entered.participants)
@@ -239,7 +256,6 @@ def _protect(
 
 
 def _after_round(
-    run: SiteRun,
     state: SiteState,
     work: LocalWork,
     keys: Mapping[int, GroupKey],
@@ -248,7 +264,10 @@ def _after_round(
     rounds: dict[int, RoundState],
     number: int,
 ) -> SiteState:
-    """The state once the update of round ``number`` is made. Keys of older epochs open nothing more and are dropped."""
+    """The state once the update of round ``number`` is made, from the one in which all sums are applied.
+
+    Keys of older epochs open nothing more and are dropped.
+    """
     return replace(
         state,
         scopes=to_values(work.scopes),
@@ -256,7 +275,6 @@ def _after_round(
         steps_accounted=work.steps_accounted,
         guards_passed=work.guards_passed,
         last_sent=number,
-        last_applied=number - 1,
         group_keys={epoch: each.to_bytes() for epoch, each in keys.items() if epoch >= key.epoch},
         rounds=rounds,
     )

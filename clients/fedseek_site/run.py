@@ -26,10 +26,16 @@ from fedseek.prepare import prepare_layouts, prepare_model
 from fedseek.records import TokenisedRecords, tokenise
 from fedseek_site.admission import SiteData, check_admission, check_labels, check_roster, units_for
 from fedseek_site.state import SiteState
-from fedseek_site.weights import start_scopes, to_values
+from fedseek_site.weights import digests_of, start_scopes, to_values
 
 Observe = Callable[[dict[str, Any]], None]
 Clock = Callable[[], float]
+Permit = Callable[[str, str, Plan, Roster], None]
+"""Given run, phase ("plan" when a run begins, "round" before each update), plan and roster; raises to refuse."""
+
+
+def permit_all(run: str, phase: str, plan: Plan, roster: Roster) -> None:
+    """The policy of a simulation: its researcher owns every site."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +104,22 @@ def open_run(
     release_folder: Path,
     observe: Observe,
     clock: Clock,
+    permit: Permit = permit_all,
 ) -> SiteRun:
-    """Check the plan against this site and load the model; also after a restart.
+    """Check the plan against this site and its policy, and load the model; also after a restart.
 
     Raises:
         InvalidPlan: the plan does not parse or its parts do not fit.
         Malformed, WrongKey: the roster does not parse.
         PlanRefused: this site will not run it; names the rule.
+        NotNow: it will, but not yet.
     """
     roster = parse_roster(offer.roster)
     check_roster(roster, trusted, me=identity.public())
     plan = plan_from_canonical(offer.plan)
     check_admission(plan, roster, me=identity.public(), data=data)
     check_labels(plan, identity.kind, data)
+    permit(offer.run, "plan", plan, roster)
     task, folder = plan.spec.kinds[identity.kind], locate_model(plan.spec.model.source)
     model = prepare_model(plan, identity.kind, load_base(folder))
     train_units = units_for(plan, identity.kind, data.train)
@@ -128,10 +137,13 @@ def open_run(
 
 
 def begin_run(run: SiteRun, offer: PlanOffer) -> SiteState:
-    """The state before anything was done; tells the site's report what will be sent, and what stays at home.
+    """The state before anything was done. ``run`` must be fresh from :func:`open_run`: its model holds the first values."""
+    first = start_scopes(run.plan, run.layouts, run.model)
+    return SiteState(offer=encode_message(offer), scopes=to_values(first), digests=digests_of(first, run.shared))
 
-    ``run`` must be fresh from :func:`open_run`: its model still holds the first values.
-    """
+
+def report_layout(run: SiteRun) -> None:
+    """Tell the site's report what will be sent in this run, and what stays at home."""
     run.observe({"event": "layout", "num_values": values_of(run), "ciphertexts": ciphertexts_of(run)})
     if run.head not in run.shared:
         run.observe(
@@ -142,8 +154,6 @@ def begin_run(run: SiteRun, offer: PlanOffer) -> SiteState:
                 "wanted": run.plan.spec.cohort.min_contributors,
             }
         )
-    first = start_scopes(run.plan, run.layouts, run.model)
-    return SiteState(offer=encode_message(offer), scopes=to_values(first))
 
 
 def values_of(run: SiteRun) -> dict[str, int]:

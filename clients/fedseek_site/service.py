@@ -14,12 +14,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
 from msgspec.structs import replace
 
-from fedseek.errors import FedseekError, PlanRefused, Tampered, WrongRound
+from fedseek.errors import FedseekError, NotNow, PlanRefused, Tampered, WrongRound
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster
 from fedseek.identity.vault import StorageKey
@@ -32,16 +33,18 @@ from fedseek.messages import (
     Request,
     RoundRequest,
     ShareRequest,
+    Standing,
     UnmaskRequest,
     decode_request,
     encode_message,
 )
 from fedseek_site.admission import SiteData
+from fedseek_site.continuing import continue_run, offer_of, standing_of
 from fedseek_site.entering import admit, deal, make_key
 from fedseek_site.journal import Journal, Step
 from fedseek_site.releasing import release
 from fedseek_site.rounds import play_round, unmask
-from fedseek_site.run import Clock, Observe, SiteRun, begin_run, open_run
+from fedseek_site.run import Clock, Observe, Permit, SiteRun, begin_run, open_run, permit_all, report_layout
 from fedseek_site.state import SiteState
 
 _MAX_EPOCHS: Final = 1_000_000  # keys last days, so no run gets there
@@ -62,6 +65,7 @@ class SiteService:
         release_folder: where a released adapter and its evidence are written.
         observe: told what happens here, for the site's own report; never sent anywhere.
         clock: Unix time in seconds; says how old a group key is.
+        permit: the site's policy.
 
     Raises:
         FedseekError: the journal cannot be opened: see :class:`fedseek_site.journal.Journal`.
@@ -78,6 +82,7 @@ class SiteService:
         release_folder: Path,
         observe: Observe,
         clock: Clock = time.time,
+        permit: Permit = permit_all,
     ) -> None:
         self.identity = identity
         self.data = data
@@ -85,24 +90,51 @@ class SiteService:
         self._release_folder = release_folder
         self._observe = observe
         self._clock = clock
+        self._permit = permit
         self._turn = threading.Lock()
         self._held: tuple[SiteRun, SiteState] | None = None  # what the journal has, opened
+        self._standing: Standing | None = None  # as far as the journal has it; None: not known yet, or none
         state_folder.parent.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(state_folder, storage_key)
 
-    def trust(self, roster: Roster) -> None:
+    def trust(self, roster: Roster | None) -> None:
         """Take this roster for the true one, from now on: people compared the fingerprint of every entry.
 
-        A run with another roster is refused from here on, also one that has begun.
+        A run with another roster is refused from here on, also one that has begun; with None every run.
         """
         with self._turn:
             self._roster = roster
             self._held = None  # opened again on the next request, and checked against the new roster
 
+    def replace_data(self, data: SiteData) -> None:
+        """Use these records from the next run on; one that has begun here goes on with those that it began with.
+
+        Raises:
+            NotNow: a run is being played here; its model and rows are loaded.
+        """
+        with self._turn:
+            if self._held is not None and not (self._held[1].released or self._held[1].stopped):
+                raise NotNow(self.identity.name, "a run is being played", hint="wait for its end, or stop it")
+            self.data, self._held = data, None
+
     def close(self) -> None:
         """Let go of the journal, so that another process may open it; nothing is answered any more."""
         with self._turn:
             self._journal.close()
+
+    def standing(self) -> Standing | None:
+        """What this site could go on from if the coordinator were lost; None: nothing. Does not wait for training.
+
+        Raises:
+            Malformed, WrongKey, JournalUnusable: what the journal holds cannot be read.
+        """
+        known = self._standing
+        if known is not None:
+            return known
+        with self._turn:
+            run, state = self._latest()
+            self._standing = None if run is None or state is None else standing_of(self.identity.name, run, state)
+            return self._standing
 
     def handle(self, request: bytes) -> bytes:
         """Answer one request of the coordinator.
@@ -123,7 +155,7 @@ class SiteService:
             except FedseekError as error:
                 log.warning("site %s refuses a request of run %s: %s", self.identity.name, run, error)
                 self._observe({"event": "refused", "code": error.code, "text": str(error)})
-                rule = error.rule if isinstance(error, PlanRefused) else error.code
+                rule = error.rule if isinstance(error, PlanRefused | NotNow) else error.code
                 return self._refused(run, error.code, rule)
         except Exception:
             # Outer edge of the site: Flower would carry the exception's text, which may quote data, to the coordinator.
@@ -137,8 +169,11 @@ class SiteService:
         step = step_of(message)
         done = self._journal.recall(step, request)
         if done is not None:
+            self._tell_answered(step, request, done, again=True)
             return done
         run, state = self._enter(message) if isinstance(message, PlanOffer) else self._resume(message.run)
+        if isinstance(message, RoundRequest):
+            self._permit(run.name, "round", run.plan, run.federation.roster)
         try:
             after, reply = take_step(run, state, message)
         except Tampered as error:
@@ -147,19 +182,38 @@ class SiteService:
             raise
         answer = encode_message(reply)
         self._record(step, request, answer, run, after)
+        self._tell_answered(step, request, answer, again=False)
         return answer
+
+    def _tell_answered(self, step: Step, request: bytes, answer: bytes, *, again: bool) -> None:
+        """What is about to leave the building, for the site's own record."""
+        sizes = {"bytes_in": len(request), "bytes_out": len(answer)}
+        digests = {"request": sha256(request).hexdigest(), "answer": sha256(answer).hexdigest()}
+        told = {"run": step.run, "phase": step.phase, "round": step.round, "again": again}
+        self._observe({"event": "answered", **told, **sizes, **digests})
 
     def _record(self, step: Step, request: bytes, answer: bytes, run: SiteRun, after: SiteState) -> None:
         self._held = None  # should the next line fail half-way, the journal alone knows how far it got
         self._journal.record(step, request, answer, after.to_bytes())
         self._held = run, after
+        self._standing = standing_of(run.me, run.name, after)
 
     def _enter(self, offer: PlanOffer) -> tuple[SiteRun, SiteState]:
         """The run this plan is offered for: begun here before, or to begin now."""
         if self._journal.latest_run() == offer.run or self._journal.state(offer.run) is not None:
             return self._resume(offer.run)
-        run = self._open(offer)
-        return run, begin_run(run, offer)
+        taken_over = continue_run(self.identity.name, offer, *self._latest()) if offer.continues else None
+        run = self._open(offer, self._permit)
+        report_layout(run)
+        return run, taken_over or begin_run(run, offer)
+
+    def _latest(self) -> tuple[str | None, SiteState | None]:
+        """The run that this site is in, and its state."""
+        name = self._journal.latest_run()
+        if self._held is not None and self._held[0].name == name:
+            return name, self._held[1]
+        stored = None if name is None else self._journal.state(name)
+        return name, None if stored is None else SiteState.from_bytes(stored)
 
     def _resume(self, name: str) -> tuple[SiteRun, SiteState]:
         """The run and its state; from the journal where they are not in memory.
@@ -173,13 +227,10 @@ class SiteService:
         if stored is None:
             raise WrongRound(f"got a request for run {name!r}, this site is in {self._journal.latest_run()!r}")
         state = SiteState.from_bytes(stored)
-        offer = decode_request(state.offer)
-        if not isinstance(offer, PlanOffer):
-            raise WrongRound(f"run {name!r} was begun here on a {type(offer).__name__}")
-        self._held = self._open(offer), state
+        self._held = self._open(offer_of(state), permit_all), state  # it was permitted when it began
         return self._held
 
-    def _open(self, offer: PlanOffer) -> SiteRun:
+    def _open(self, offer: PlanOffer, permit: Permit) -> SiteRun:
         return open_run(
             offer,
             self.identity,
@@ -188,6 +239,7 @@ class SiteService:
             release_folder=self._release_folder,
             observe=self._observe,
             clock=self._clock,
+            permit=permit,
         )
 
 

@@ -38,6 +38,30 @@ class ScopeValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return []
 
 
+class EarlierAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The shared scopes before the last sum was applied; ``repr`` is redacted.
+
+    Should the coordinator be lost with its disk, other sites may not have applied that sum: this is what all still have.
+
+    Attributes:
+        round: the last one that is in it.
+        scopes: weights by shared scope.
+        digests: of their tensors.
+        contributors: positions on the roster of the sites whose updates are in it, ascending.
+    """
+
+    round: int
+    scopes: dict[str, ScopeValues]
+    digests: dict[str, bytes]
+    contributors: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"EarlierAdapter(<after round {self.round}, redacted>)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return []
+
+
 class RoundState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One round at one site: keys drawn, shares dealt, update sent, shares revealed; ``repr`` is redacted.
 
@@ -81,6 +105,10 @@ class SiteState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         guards_passed: names of the checks that held, sorted.
         last_sent: round of the last update sent, 0 for none; one more than the plan's rounds once the run is closed.
         last_applied: last round whose sum was applied, or which was given up; 0 for none.
+        digests: of the tensors of the shared scopes.
+        contributors: positions on the roster of the sites whose updates are in them, ascending.
+        before: the shared scopes before the last sum was applied; None before the first.
+        earlier_runs: those that this run goes on from, newest first.
         group_keys: by epoch, ``GroupKey.to_bytes``.
         rounds: by number: those to come, and the last one sent until its sum is applied.
         released: the release was written; nothing more is done in this run.
@@ -95,13 +123,17 @@ class SiteState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     guards_passed: tuple[str, ...] = ()
     last_sent: int = 0
     last_applied: int = 0
+    digests: dict[str, bytes] = {}
+    contributors: tuple[int, ...] = ()
+    before: EarlierAdapter | None = None
+    earlier_runs: tuple[str, ...] = ()
     group_keys: dict[int, bytes] = {}
     rounds: dict[int, RoundState] = {}
     released: bool = False
     stopped: bool = False
 
     def to_bytes(self) -> bytes:
-        """The state with all its secrets: to be sealed before it is stored. About 12 bytes a value."""
+        """The state with all its secrets: to be sealed before it is stored. About 24 bytes a value."""
         return msgspec.msgpack.encode(self)
 
     @classmethod

@@ -6,7 +6,10 @@ masked with, under which key it encrypted and for whom it revealed shares: an an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from fedseek.apply import ScopeState, apply_sums
 from fedseek.cohort import round_graph
@@ -17,8 +20,25 @@ from fedseek.groupkey import GroupKey, check_age, open_group_key
 from fedseek.messages import AggregateDown
 from fedseek.plan import GLOBAL_SCOPE
 from fedseek_site.run import SiteRun, timed
-from fedseek_site.state import RoundState, SiteState
-from fedseek_site.weights import to_scopes
+from fedseek_site.state import EarlierAdapter, RoundState, SiteState
+from fedseek_site.weights import digests_of, to_scopes, to_values
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What applying the sums of some rounds came to.
+
+    Attributes:
+        until: the last of the rounds.
+        scopes: the weights now.
+        contributors: positions of the sites whose updates are in the shared ones, ascending.
+        before: the shared ones before the last of the rounds.
+    """
+
+    until: int
+    scopes: dict[str, ScopeState] = field(repr=False)
+    contributors: tuple[int, ...]
+    before: EarlierAdapter | None = field(repr=False)
 
 
 def take_group_keys(run: SiteRun, state: SiteState, envelopes: Mapping[int, bytes]) -> dict[int, GroupKey]:
@@ -62,13 +82,13 @@ def apply_previous(
     *,
     until: int,
     seconds: dict[str, float],
-) -> dict[str, ScopeState]:
+) -> Applied:
     """Apply every round since the last one applied, up to round ``until``, in order.
 
     Rounds that were applied before are passed over: a coordinator that lost this site's last reply sends them again.
 
     Returns:
-        The new weights by scope; a scope without a sum in a round is left as it is.
+        The new weights by scope, and who is in them; a scope without a sum in a round is left as it is.
 
     Raises:
         WrongRound: not exactly those rounds, or one that is not what this site took part in.
@@ -78,8 +98,11 @@ def apply_previous(
     got, wanted = [down.round for down in fresh], list(range(state.last_applied + 1, until + 1))
     if got != wanted:
         raise WrongRound(f"got the sums of rounds {got[:20]}, wanted those of {wanted[:20]}")
-    scopes = to_scopes(state.scopes, run.layouts)
+    scopes, before = to_scopes(state.scopes, run.layouts), state.before
+    contributors = state.contributors
     for down in fresh:
+        if down.round == until:
+            before = _adapter(run, scopes, contributors, number=until - 1)
         if not down.survivors:
             _check_given_up(run, down)
             continue
@@ -87,8 +110,20 @@ def apply_previous(
             summed = read_sum(run, state, keys, down, scopes=scopes, among=run.shared)
         with timed(seconds, "apply"):
             scopes = apply_sums(scopes, summed, run.plan)
+        contributors = _union(contributors, down.survivors)
         _report_applied(run, down, summed)
-    return scopes
+    return Applied(until, scopes, contributors, before)
+
+
+def remember(run: SiteRun, state: SiteState, applied: Applied) -> SiteState:
+    """The state in which these sums are applied; its weights are for the caller to set, who may have trained a head."""
+    return replace(
+        state,
+        last_applied=applied.until,
+        digests=digests_of(applied.scopes, run.shared),
+        contributors=applied.contributors,
+        before=applied.before,
+    )
 
 
 def read_sum(
@@ -152,6 +187,18 @@ def _open_scopes(
     if len(set(got)) != len(got) or not needed <= set(got) <= set(wanted):
         raise Malformed(f"sums of round {down.round}: got scopes {got}, wanted {sorted(wanted)}")
     return {scope: wanted[scope] for scope in got}
+
+
+def _adapter(
+    run: SiteRun, scopes: Mapping[str, ScopeState], contributors: tuple[int, ...], *, number: int
+) -> EarlierAdapter:
+    shared = {scope: scopes[scope] for scope in run.shared}
+    digests = digests_of(scopes, run.shared)
+    return EarlierAdapter(round=number, scopes=to_values(shared), digests=digests, contributors=contributors)
+
+
+def _union(positions: Iterable[int], others: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted({*positions, *others}))
 
 
 def _check_given_up(run: SiteRun, down: AggregateDown) -> None:

@@ -5,7 +5,7 @@ evaluate on held-back rows -> train -> updates of the shared scopes, new weights
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,12 +86,17 @@ def train(run: SiteRun, state: SiteState, scopes: Mapping[str, ScopeState], *, n
     )
 
 
-def rest(run: SiteRun, state: SiteState, scopes: Mapping[str, ScopeState]) -> LocalWork:
-    """The closing round: nothing is trained; a shared head's update is zeros, for the metrics to ride on."""
-    heads = [scope for scope in run.shared if scope == run.head]
+def has_steps_left(run: SiteRun, state: SiteState) -> bool:
+    """Whether a round more stays within the steps that the plan's epsilon was computed for."""
+    steps = state.steps_accounted + run.plan.spec.training.steps_per_round
+    return run.plan.privacy is None or steps <= run.plan.total_steps
+
+
+def rest(run: SiteRun, state: SiteState, held: Mapping[str, ScopeState], *, scopes: Sequence[str]) -> LocalWork:
+    """Nothing is trained; the updates of ``scopes`` are zeros, for the metrics to ride on."""
     return LocalWork(
-        scopes=scopes,
-        updates={scope: np.zeros(run.layouts[scope].num_values, np.float32) for scope in heads},
+        scopes=held,
+        updates={scope: np.zeros(run.layouts[scope].num_values, np.float32) for scope in scopes},
         steps_done=state.steps_done,
         steps_accounted=state.steps_accounted,
         guards_passed=tuple(sorted({*state.guards_passed, *_metric_guards(run)})),

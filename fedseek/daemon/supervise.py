@@ -54,39 +54,54 @@ def supervise(child: Child, stop: threading.Event, *, grace: float = GRACE) -> N
     pause = FIRST_PAUSE
     while not stop.is_set():
         started = time.monotonic()
-        process = _start(child)
-        try:
-            while process.poll() is None and not stop.wait(0.1):
-                pass
-        finally:
-            _end(process, grace)
+        ended = _run_once(child, stop, grace)
         if stop.is_set():
             return
         pause = FIRST_PAUSE if time.monotonic() - started > HEALTHY_AFTER else pause
-        _log.warning("%s ended with %s; started again in %.1f s", child.name, process.returncode, pause)
+        log_file = f" (see {child.log_file})" if child.log_file else ""
+        _log.warning("%s %s%s; started again in %.1f s", child.name, ended, log_file, pause)
         stop.wait(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _run_once(child: Child, stop: threading.Event, grace: float) -> str:
+    """Run it until it ends or ``stop`` is set; returns how it ended."""
+    try:
+        process = _start(child)
+    except OSError as error:  # no memory, no process left: may pass
+        return f"could not be started: {error.strerror}"
+    try:
+        while not _has_ended(process) and not stop.wait(0.1):
+            pass
+    finally:
+        _end(process, grace)
+    return f"ended with {process.returncode}"
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Without taking note of it: until somebody does, no other process gets its number, nor that of its group."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _start(child: Child) -> subprocess.Popen[bytes]:
     kept = {key: os.environ[key] for key in ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "TMPDIR") if key in os.environ}
     environment = {**kept, **child.environment, SUPERVISED: "1"}
-    output = child.log_file.open("ab") if child.log_file else None
+    output = os.open(child.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if child.log_file else None
     try:
         return subprocess.Popen(  # noqa: S603  (the command is ours)
             child.command, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
         )
     finally:
-        if output:
-            output.close()
+        if output is not None:
+            os.close(output)
 
 
 def _end(process: subprocess.Popen[bytes], grace: float) -> None:
     """SIGTERM, then SIGKILL to the whole process group: a grandchild must not outlive us."""
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=grace)
+    os.kill(process.pid, signal.SIGTERM)
+    limit = time.monotonic() + grace
+    while not _has_ended(process) and time.monotonic() < limit:
+        time.sleep(0.02)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

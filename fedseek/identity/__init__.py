@@ -6,8 +6,12 @@ Read in this order:
 - ``keys``: the private half of one site.
 - ``signing``: who said this, for which purpose.
 - ``sealing``: handing the group key to one site through a courier that must not read it.
+- ``words``: a fingerprint that people can read to each other.
+- ``signed_roster``: the roster with a number, signed by the authority that people compared once.
+- ``enrolment``: how a site gets onto it, and renews its keys.
+- ``authority``: the keys that sign rosters and TLS certificates.
 - ``vault``: keeping private keys and other secrets on a disk.
 
 All primitives come from ``cryptography``; what is decided here is only what each of them binds. A process that needs
-no private key (the coordinator) imports ``roster`` and ``signing`` and never loads ``keys`` or ``vault``.
+no private key (the coordinator) never loads ``keys`` or ``vault``.
 """

@@ -55,8 +55,12 @@ class RosterEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Covers the name, the kind and both keys, in all 256 bits: a shorter one would let a site prepare two entries
         that look alike.
         """
-        digest = hashlib.sha256(_ENTRY_DOMAIN + msgspec.msgpack.encode(self)).hexdigest()
-        return "-".join(digest[start : start + 8] for start in range(0, len(digest), 8))
+        digits = self.digest().hex()
+        return "-".join(digits[start : start + 8] for start in range(0, len(digits), 8))
+
+    def digest(self) -> bytes:
+        """What the fingerprint says, 32 bytes: SHA-256 of the whole entry under a domain of its own."""
+        return hashlib.sha256(_ENTRY_DOMAIN + msgspec.msgpack.encode(self)).digest()
 
 
 class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,14 +6,18 @@ Both daemons keep their keys in such files. What is in a file, and whether it is
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Final
 
 from fedseek.errors import CustodyError, TooLarge
+
+LOCK_FILE: Final = ".lock"
 
 
 def write_secret_file(path: Path, data: bytes) -> None:
@@ -47,6 +51,26 @@ def read_secret_file(path: Path, *, limit: int) -> bytes:
     """
     with open_private(path) as descriptor:
         data = read_at_most(descriptor, limit + 1)
+    if len(data) > limit:
+        raise TooLarge(f"{path}: got more than {limit} bytes, wanted at most that")
+    return data
+
+
+def read_file(path: Path, *, limit: int) -> bytes:
+    """The content of a file that anybody may open: what another party sent.
+
+    Raises:
+        CustodyError: missing, or not a plain file.
+        TooLarge: longer than ``limit``.
+    """
+    with refusing(path, "read"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not make us wait; it is refused below
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise CustodyError(f"{path} is not a plain file")
+            data = read_at_most(descriptor, limit + 1)
+        finally:
+            os.close(descriptor)
     if len(data) > limit:
         raise TooLarge(f"{path}: got more than {limit} bytes, wanted at most that")
     return data
@@ -112,3 +136,21 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Be the only process that changes the files of ``folder``, for the block; waits its turn.
+
+    Others read meanwhile: each file is replaced whole. The lock ends with the process, however that ends.
+
+    Raises:
+        CustodyError: the folder does not exist, or may not be written to.
+    """
+    with refusing(folder / LOCK_FILE, "opened"):
+        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

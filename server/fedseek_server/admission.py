@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from fedseek.cohort import Federation
 from fedseek.errors import Malformed, WrongModel, WrongRound
 from fedseek.identity.signing import CONTEXT_PLAN, verify
 from fedseek.messages import PlanAdmitted
 
 
-@dataclass(frozen=True, slots=True)
-class ScopeSize:
+class ScopeSize(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How large a scope is; ``site`` was the first to say so."""
 
     site: str
@@ -75,7 +76,7 @@ class Admissions:
             WrongKey: the site did not sign for this run, plan and roster.
             WrongRound: for another round, or the site is there already.
             WrongModel: another base model, or a scope of another size than at the others.
-            Malformed: sizes of other scopes than the site shares.
+            Malformed: sizes of other scopes than the site shares, or contributors that are not on the roster.
         """
         entry = self.federation.roster.entry(reply.site)
         verify(entry, CONTEXT_PLAN, self.federation.bound, reply.signature)
@@ -87,6 +88,7 @@ class Admissions:
         if reply.model_sha256 != wanted:
             raise WrongModel(f"site {reply.site!r} holds base model {reply.model_sha256}, the plan names another")
         self._check_sizes(reply, entry.kind)
+        self.federation.names(reply.contributors)
 
     def admit(self, node: int, reply: PlanAdmitted) -> None:
         """Let in a site whose reply passed ``check``."""

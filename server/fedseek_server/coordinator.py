@@ -13,6 +13,10 @@ all have answered or will not any more.
 A site that does not answer is missing from that round and comes back two rounds later: *unmask* offers it the plan
 again, the next *round* asks it for shares, and in the one after it takes part. Nobody else waits for it.
 
+Everything that it learns from outside comes as a look at the nodes and the clock, as a reply, or as a wish for a new
+group key; the same of these give the same requests, to the byte. So a record of them is enough to go on after a crash
+(``recorded.py``). Between two rounds no sum is open, and the state is small (``snapshot.py``).
+
 It holds no key and imports no type that could: what it adds, it cannot read. What it may learn is in the trust table
 (docs/protocol.md): who takes part, when, how many bytes, and what sites publish in their statements.
 """
@@ -24,19 +28,66 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedseek.cohort import Federation
-from fedseek.errors import CohortTooSmall, CustodyError, FedseekError, MessageError, WrongRound
+from fedseek.errors import (
+    CohortTooSmall,
+    CustodyError,
+    FedseekError,
+    InvalidPlan,
+    MessageError,
+    NotNow,
+    PlanRefused,
+    TooLarge,
+    WrongRound,
+)
 from fedseek.identity.roster import Roster
-from fedseek.messages import AggregateDown, KeyRequest, Refused, ReleaseApproved, Request, decode_reply, encode_message
+from fedseek.messages import (
+    AggregateDown,
+    Continuation,
+    KeyRequest,
+    PlanOffer,
+    Refused,
+    ReleaseApproved,
+    Request,
+    decode_reply,
+    encode_message,
+)
 from fedseek.plan import Plan
 from fedseek_server.envelopes import NO_EPOCH
-from fedseek_server.history import given_up
+from fedseek_server.history import EndedRounds, RoundsInMemory, given_up
 from fedseek_server.replies import largest_reply, refusal, take_reply
 from fedseek_server.requests import plan_offers, release_requests, round_requests, share_requests, unmask_requests
 from fedseek_server.rounds import finish_round
+from fedseek_server.snapshot import Snapshot, put_back, take_snapshot
 from fedseek_server.state import Observe, RunState
 
 Nodes = Callable[[], Sequence[int]]
 NOTHING_OPENED = "the run's record says of each round why"
+MISSING_ONLY = frozenset(
+    {CohortTooSmall.__name__, NotNow.__name__}
+)  # a "no" that costs a site the round, nobody the run
+
+
+class Requests(Mapping[int, bytes]):
+    """Requests by node, encoded when looked at: the sum of a round is in many of them, and is held once."""
+
+    def __init__(self, requests: Mapping[int, Request]) -> None:
+        self._requests = requests
+        self._sizes: dict[int, int] = {}
+
+    def __getitem__(self, node: int) -> bytes:
+        data = encode_message(self._requests[node])
+        self._sizes[node] = len(data)
+        return data
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._requests)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def size(self, node: int) -> int:
+        """Bytes of one request."""
+        return self._sizes[node] if node in self._sizes else len(self[node])
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +113,45 @@ class Coordinator:
         roster: the sites that may take part.
         run: a name for the run, unique.
         observe: told of phases, bytes, seconds and who was missing, for progress and the run's record.
-        clock: Unix time in seconds; tells the age of the group key.
+        clock: Unix time in seconds, read as often as the nodes are looked at; tells the age of the group key.
+        continues: the adapter of another run that this one goes on from.
+        ended: where the ends of rounds lie.
+        checkpoint: called between two rounds, when ``snapshot`` may be taken.
+        all_needed: a site that refuses the plan ends the run; else it is only not in it.
+
+    Raises:
+        InvalidPlan: there is no round of the plan left after the one it goes on from.
     """
 
     def __init__(
-        self, plan: Plan, roster: Roster, *, run: str, observe: Observe, clock: Callable[[], float] = time.time
+        self,
+        plan: Plan,
+        roster: Roster,
+        *,
+        run: str,
+        observe: Observe,
+        clock: Callable[[], float] = time.time,
+        continues: Continuation | None = None,
+        ended: EndedRounds | None = None,
+        checkpoint: Callable[[], None] = lambda: None,
+        all_needed: bool = True,
     ) -> None:
         self.plan = plan
         self.roster = roster
         self.run = run
-        self._state = RunState.of(Federation.of(run, plan, roster), observe)
+        places = RoundsInMemory() if ended is None else ended
+        self._state = RunState.of(Federation.of(run, plan, roster), observe, places, continues)
+        if self._state.history.first > self._state.closing:
+            raise InvalidPlan([f"goes on from round {self._state.history.first - 1}, has {self._state.closing - 1}"])
         self._observe = observe
         self._clock = clock
+        self._checkpoint = checkpoint
+        self._all_needed = all_needed
+        self._refused: dict[str, str] = {}  # sites that are not in the run, and their rule
         self._nodes: Nodes = tuple
         self._here: Sequence[int] = ()
-        self._rotation_wanted = False
-        self._open = Exchange("none", 0, {})
+        self._now = 0.0
+        self._open, self._requests = ("none", 0), Requests({})  # phase and round of the exchange under way
         self._asked: Mapping[int, Request] = {}
         self._answered: set[int] = set()
 
@@ -89,16 +163,24 @@ class Coordinator:
     @property
     def contributors(self) -> tuple[str, ...]:
         """Sites whose update is in the adapter; each of them must approve a release. In roster order."""
-        return self._state.history.contributors(self.plan.spec.training.rounds)
+        return tuple(name for name in self.roster.names if name in self._state.history.contributors)
 
     def request_rotation(self) -> None:
         """Have a new group key made before the next round."""
-        self._rotation_wanted = True
+        self._state.rotation_wanted = True
+
+    def snapshot(self) -> Snapshot:
+        """What ``resume`` goes on from; to be taken when ``checkpoint`` is called."""
+        return take_snapshot(self._state)
+
+    def resume(self, snapshot: Snapshot) -> None:
+        """Go to where the snapshot was taken; before ``play``. What ended before it is to be found in ``ended``."""
+        put_back(self._state, snapshot)
 
     def play(self, nodes: Nodes) -> Iterator[Exchange]:
-        """The whole run, exchange by exchange.
+        """The whole run, exchange by exchange; once.
 
-        The same replies in the same exchanges, with the same nodes there, give the same requests.
+        The same replies in the same exchanges, with the same nodes there at the same times, give the same requests.
 
         Args:
             nodes: tells which nodes are connected; asked anew for each exchange, so that late ones are found.
@@ -107,16 +189,38 @@ class Coordinator:
             CohortTooSmall: too few sites for the run, no round that could be opened, or no closing round.
         """
         self._nodes = nodes
-        yield from self._admit()
-        yield from self._deal()
-        for number in range(1, self._state.closing):
+        state, first = self._state, self._state.history.first
+        if state.next_round < first:
+            yield from self._admit(first)
+            yield from self._deal(first)
+            self._begin_next(first)
+        for number in range(state.next_round, state.closing):
             yield from self._play_round(number, "round")
         if not self.contributors:
             raise CohortTooSmall("no round of training could be opened", hint=NOTHING_OPENED)
-        yield from self._play_round(self._state.closing, "close")
-        if not self._state.history.ended[-1].survivors:
+        if state.next_round == state.closing:
+            yield from self._play_round(state.closing, "close")
+        if not state.history.read(state.closing).survivors:
             raise CohortTooSmall("the closing round could not be opened", hint=NOTHING_OPENED)
-        yield from self._ask("release", self._state.closing, release_requests(self._state, self._look()))
+        yield from self._ask("release", state.closing, release_requests(state, self._look()))
+
+    def unanswered(self) -> Exchange:
+        """The exchange under way, with the requests that have not been answered."""
+        waiting = {node: asked for node, asked in self._asked.items() if node not in self._answered}
+        return Exchange(*self._open, Requests(waiting))
+
+    def check_asked(self, node: int, size: int) -> None:
+        """Check that a reply of this many bytes is wanted of this node.
+
+        Raises:
+            WrongRound: the node was not asked, or has answered.
+            TooLarge: it has no reason to send so much.
+        """
+        if node not in self._asked or node in self._answered:
+            raise WrongRound(f"node {node} answered {self._open[0]!r} unasked or twice")
+        limit = largest_reply(self._state, self._asked[node])
+        if size > limit:
+            raise TooLarge(f"reply of node {node}: got {size} bytes, wanted at most {limit}")
 
     def receive(self, node: int, data: bytes) -> None:
         """Take one reply. A reply that is refused changes nothing, and the node may still send a right one.
@@ -128,19 +232,18 @@ class Coordinator:
                 only counts as missing from it.
             WrongModel, AdapterDiverged: sites hold different models or adapters; the run is over.
         """
-        if node not in self._asked or node in self._answered:
-            raise WrongRound(f"node {node} answered {self._open.phase!r} unasked or twice")
+        self.check_asked(node, len(data))
         asked = self._asked[node]
-        reply = decode_reply(data, limit=largest_reply(self._state, asked))
+        reply = decode_reply(data)
         self._state.admissions.check_sender(node, reply.site)
         if isinstance(reply, Refused):
-            self._take_refusal(reply)
+            self._take_refusal(asked, reply)
             return
         if reply.run != self.run:
             raise WrongRound(f"site {reply.site!r} answered for run {reply.run!r}, this is {self.run!r}")
-        take_reply(self._state, node, asked, reply, nodes=self._here, now=self._clock())
+        take_reply(self._state, node, asked, reply, nodes=self._here, now=self._now)
         self._answered.add(node)
-        sizes = {"bytes_in": len(data), "bytes_out": len(self._open.requests[node])}
+        sizes = {"bytes_in": len(data), "bytes_out": self._requests.size(node)}
         self._tell("reply", site=reply.site, answer=type(reply).__name__, **sizes)
 
     def reject(self, node: int, error: FedseekError) -> None:
@@ -148,16 +251,23 @@ class Coordinator:
         site = self._state.admissions.sites.get(node)
         self._tell("rejected", node=node, site=site, code=error.code, text=error.message)
 
-    def _take_refusal(self, reply: Refused) -> None:
-        """A site that finds too few others gives up the round, as this side would; any other "no" ends the run."""
-        if reply.code != CohortTooSmall.__name__:
-            raise refusal(reply)
-        self._tell("declined", site=reply.site, code=reply.code)
+    def _take_refusal(self, asked: Request, reply: Refused) -> None:
+        """A "no" that only counts as missing, or one that ends the run.
 
-    def _admit(self) -> Iterator[Exchange]:
+        A site that cannot go on from the other run is not in this one, nor is one that refuses the plan where not all are
+        needed; whether that leaves too few is known when all have answered.
+        """
+        stays_out = isinstance(asked, PlanOffer) and reply.code == PlanRefused.__name__
+        is_missed = self._all_needed and not (isinstance(asked, PlanOffer) and asked.continues)
+        if reply.code not in MISSING_ONLY and (is_missed or not stays_out):
+            raise refusal(reply)
+        self._refused[reply.site] = reply.rule
+        self._tell("declined", site=reply.site, code=reply.code, rule=reply.rule)
+
+    def _admit(self, first: int) -> Iterator[Exchange]:
         self._look()
         key_maker = min(self._here, default=None)  # which site it is shows when it answers
-        yield from self._ask("plan", 1, plan_offers(self._state, self._here, 1, key_maker=key_maker))
+        yield from self._ask("plan", first, plan_offers(self._state, self._here, first, key_maker=key_maker))
         connected, absent = self._look(), self._state.admissions.missing()
         if absent:
             self._tell("absent", sites=list(absent))
@@ -165,17 +275,24 @@ class Coordinator:
         if len(connected) < wanted:
             raise CohortTooSmall(
                 f"{len(connected)} sites admitted the plan, wanted at least {wanted}",
-                hint=f"not admitted: {', '.join(absent) or 'none'}; the rest are no longer connected",
+                hint="; ".join(f"{site}: {self._refused.get(site, 'not admitted')}" for site in absent)
+                or "all admitted it, and some are no longer connected",
+            )
+        lost = [site for site in self.contributors if site in absent]  # of the run that this one goes on from
+        if lost:
+            raise CohortTooSmall(
+                f"updates of {', '.join(lost)} are in the adapter that this run goes on from, and they are not in it",
+                hint="without their approval there is no release; begin once more when they are there",
             )
         if self._state.envelopes.epoch == NO_EPOCH:
-            yield from self._make_key(0, 1, connected)
+            yield from self._make_key(0, first, connected)
         if self._state.envelopes.epoch == NO_EPOCH:
             raise CohortTooSmall("no site made a group key", hint="each that admitted the plan was asked")
 
-    def _deal(self) -> Iterator[Exchange]:
+    def _deal(self, first: int) -> Iterator[Exchange]:
         connected = self._look()
-        self._state.pipeline.fix_list(1, connected)
-        yield from self._ask("shares", 1, share_requests(self._state, connected, 1))
+        self._state.pipeline.fix_list(first, connected)
+        yield from self._ask("shares", first, share_requests(self._state, connected, first))
 
     def _play_round(self, number: int, phase: str) -> Iterator[Exchange]:
         state = self._state
@@ -198,8 +315,14 @@ class Coordinator:
             self._observe({"event": "round-failed", "round": number, "code": error.code, "text": error.message})
             ended = given_up(number, state.envelopes.epoch)
         state.masked = None
-        state.history.ended.append(ended)
+        state.history.end(ended)
         state.pipeline.forget(number)
+        self._begin_next(number + 1)
+
+    def _begin_next(self, number: int) -> None:
+        """Between two rounds: no sum is open, nobody is asked anything."""
+        self._state.next_round = number
+        self._checkpoint()
 
     def _finish_round(self, number: int, phase: str) -> AggregateDown:
         masked, started = self._state.masked, time.perf_counter()
@@ -214,15 +337,15 @@ class Coordinator:
 
     def _rotate(self, number: int) -> Iterator[Exchange]:
         """Have the next group key made, if it is time. Should nobody make it, the old one stays: sites know its age."""
-        envelopes = self._state.envelopes
-        if not (self._rotation_wanted or envelopes.is_old(now=self._clock())):
+        envelopes, connected = self._state.envelopes, self._look()
+        if not (self._state.rotation_wanted or envelopes.is_old(now=self._now)):
             return
-        connected, epoch = self._look(), envelopes.epoch + 1
+        epoch = envelopes.epoch + 1
         there = self._state.pipeline.participants(number, connected)
         able = {site: connected[site] for site in there if envelopes.can_make_next(site)}
         yield from self._make_key(epoch, number, able)
         if envelopes.epoch == epoch:
-            self._rotation_wanted = False
+            self._state.rotation_wanted = False
         else:
             self._observe({"event": "rotation-postponed", "round": number, "epoch": epoch})
 
@@ -237,19 +360,21 @@ class Coordinator:
         """One exchange; none if nobody is asked. Whoever has not answered when it is over is missing."""
         if not requests:
             return
-        encoded = {node: encode_message(request) for node, request in requests.items()}
-        self._open, self._asked, self._answered = Exchange(phase, number, encoded), requests, set()
+        self._open, self._requests = (phase, number), Requests(requests)
+        self._asked, self._answered = requests, set()
         self._tell("phase", sites=len(requests))
-        yield self._open
+        yield Exchange(phase, number, self._requests)
         for node in requests:
             if node not in self._answered:
                 self._tell("dropout", node=node, site=self._state.admissions.sites.get(node))
         self._asked = {}
 
     def _tell(self, event: str, **details: object) -> None:
-        self._observe({"event": event, "phase": self._open.phase, "round": self._open.round, **details})
+        phase, number = self._open
+        self._observe({"event": event, "phase": phase, "round": number, **details})
 
     def _look(self) -> dict[str, int]:
-        """See who is there now: the admitted sites and their nodes, in roster order."""
+        """See who is there now, and what time it is: the admitted sites and their nodes, in roster order."""
         self._here = sorted(self._nodes())
+        self._now = self._clock()
         return self._state.admissions.connected(self._here)

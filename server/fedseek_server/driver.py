@@ -10,7 +10,12 @@ the same request gets the same reply, so asking again is always safe.
                                           is opened, so that nobody waits for what the old one lost, and all is sent
                                           again that was not answered
     a reply is late                       its node was missing; the bytes are deleted unread
-    a reply is half uploaded              others are taken meanwhile; nothing of it is held here
+    a reply is half uploaded              others are taken meanwhile; nothing of it is held here, and it is looked at
+                                          ever more seldom, for a look may cost as much as the whole of it
+
+When a run of Flower's ends while a site is still pulling a request, Flower 1.41 leaves a task at the site whose objects
+never come. The site's courier gives that task up (clients/fedseek_site/flower.py); here nothing waits for it, because
+the request is sent again in the new run under another id.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ SHORTEST_TICK, LONGEST_TICK = 0.1, 1.0  # seconds between two looks for replies
 TICK_SHARE: Final = 0.02  # of the time already waited: so much may looking seldom add to it
 LOOK_SECONDS: Final = 1.0  # between two looks at which nodes are connected
 FIRST_RETRY, LONGEST_RETRY = 0.5, 10.0  # seconds before a request that came back is sent again
+LOOK_SHARE: Final = 0.1  # of the time that a reply has been on its way, until it is looked at again
 SPARE_LIFETIME: Final = 900.0  # seconds that Flower keeps a message beyond its deadline: clocks differ by minutes
 LARGEST_REPLY: Final = 1 << 30  # bytes
 
@@ -100,25 +106,45 @@ class Conductor(Protocol):
 class _Awaited:
     """A node that has not answered yet. ``stamp`` is that of the process which was sent the request."""
 
-    data: bytes
     stamp: str | None = None
     send_at: float = 0.0
     pause: float = FIRST_RETRY
     announced: Arrival | None = None
+    announced_at: float = 0.0
+    fetch_at: float = 0.0
+
+    def announce(self, arrival: Arrival, now: float) -> None:
+        """A reply is there, or on its way."""
+        self.announced, self.announced_at, self.fetch_at = arrival, now, now
+
+    def look_later(self, now: float) -> None:
+        """It is still on its way."""
+        self.fetch_at = now + min(LONGEST_RETRY, LOOK_SHARE * (now - self.announced_at))
 
     def send_again(self, at: float) -> None:
+        """As if nothing had been sent, but not before ``at``."""
         self.stamp, self.announced, self.send_at = None, None, at
 
 
 @dataclass(slots=True)
 class _Waiting:
-    """One exchange under way."""
+    """One exchange under way. Requests are made when they are sent: the one being sent is in memory, and no other."""
 
-    phase: str
-    round: int
+    exchange: Exchange
     nodes: dict[int, _Awaited]
     lifetime: float
+    end: float
     owners: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def phase(self) -> str:
+        """Of the exchange."""
+        return self.exchange.phase
+
+    @property
+    def round(self) -> int:
+        """Of the exchange."""
+        return self.exchange.round
 
 
 class Driver:
@@ -168,31 +194,48 @@ class Driver:
 
     def connected(self) -> list[int]:
         """Ids of the nodes that are connected now. Waits for the SuperLink if that is away."""
+        failures = 0
         while True:
             try:
                 return sorted(self._link.nodes())
             except (Unreachable, SessionOver):
+                if self._stop.wait(_longer(failures)):
+                    raise Stopped("stopped while the SuperLink was away") from None
+                failures += 1
                 self._recover()
 
     def _carry(self, exchange: Exchange, conductor: Conductor) -> None:
         seconds = self._deadline(exchange)
-        nodes = {node: _Awaited(data) for node, data in exchange.requests.items()}
-        waiting = _Waiting(exchange.phase, exchange.round, nodes, seconds + SPARE_LIFETIME)
-        began, self._look_at = self._clock(), -inf
-        end = began + seconds
-        while waiting.nodes and (now := self._clock()) < end:
+        nodes = {node: _Awaited() for node in exchange.requests}
+        began, self._look_at, failures = self._clock(), -inf, 0
+        waiting = _Waiting(exchange, nodes, seconds + SPARE_LIFETIME, began + seconds)
+        while waiting.nodes and (now := self._clock()) < waiting.end:
             if self._stop.is_set():
                 raise Stopped(f"stopped in {exchange.phase} of round {exchange.round}")
+            tick = min(LONGEST_TICK, max(SHORTEST_TICK, TICK_SHARE * (now - began)))
             try:
                 self._step(waiting, conductor)
+                failures = 0
             except (Unreachable, SessionOver) as error:
                 _log.warning("%s of round %d: %s", exchange.phase, exchange.round, error.message)
+                self._stop.wait(_longer(failures, LONGEST_RETRY))
+                failures += 1
                 self._come_back(waiting)
-                end += self._clock() - now
+                waiting.end += self._clock() - now
             if waiting.nodes:
-                self._stop.wait(min(LONGEST_TICK, max(SHORTEST_TICK, TICK_SHARE * (now - began))))
+                self._stop.wait(tick)
+        self._leave(waiting)
+
+    def _leave(self, waiting: _Waiting) -> None:
+        """Of those that have not answered: forget what is half there, and know what comes later for late."""
         forget_at = self._clock() + waiting.lifetime
         self._late.update(dict.fromkeys(waiting.owners, forget_at))
+        try:
+            for awaited in waiting.nodes.values():
+                if awaited.announced is not None:
+                    self._link.discard(awaited.announced)
+        except (Unreachable, SessionOver) as error:
+            _log.info("left at the SuperLink until its run ends: %s", error.message)
 
     def _step(self, waiting: _Waiting, conductor: Conductor) -> None:
         now = self._clock()
@@ -201,7 +244,9 @@ class Driver:
         self._send(waiting)
         self._sort_answers(waiting, conductor)
         for node, awaited in list(waiting.nodes.items()):
-            if awaited.announced is not None:
+            if self._stop.is_set() or self._clock() >= waiting.end:
+                return
+            if awaited.announced is not None and self._clock() >= awaited.fetch_at:
                 self._take(node, awaited.announced, waiting, conductor)
 
     def _send(self, waiting: _Waiting) -> None:
@@ -211,9 +256,8 @@ class Driver:
             if stamp is None or stamp == awaited.stamp or self._clock() < awaited.send_at:
                 continue
             try:
-                message_id = self._link.push(
-                    node, awaited.data, waiting.phase, waiting.round, lifetime=waiting.lifetime
-                )
+                data = waiting.exchange.requests[node]
+                message_id = self._link.push(node, data, waiting.phase, waiting.round, lifetime=waiting.lifetime)
             except Undelivered as error:
                 self._retry(awaited, error.message)
                 continue
@@ -231,7 +275,9 @@ class Driver:
             if node is None or awaited is None:
                 self._link.discard(arrival)  # late, or the second answer to a request sent twice
             elif arrival.error is None:
-                awaited.announced = arrival
+                if awaited.announced is not None:
+                    self._link.discard(awaited.announced)  # of a process that has been restarted since
+                awaited.announce(arrival, now)
             else:
                 self._link.discard(arrival)
                 self._failed(node, awaited, arrival, waiting, conductor)
@@ -256,6 +302,7 @@ class Driver:
             conductor.reject(node, error)
             return
         if data is None:
+            waiting.nodes[node].look_later(self._clock())
             return
         del waiting.nodes[node]
         try:
@@ -277,7 +324,7 @@ class Driver:
 
     def _recover(self) -> None:
         """Open a new run of Flower's, as soon as the SuperLink is there. All that the old one held is gone then."""
-        pause = SHORTEST_TICK
+        failures = 0
         while True:
             try:
                 self._link.open()
@@ -286,6 +333,11 @@ class Driver:
             else:
                 self._late.clear()
                 return
-            if self._stop.wait(pause):
+            if self._stop.wait(_longer(failures)):
                 raise Stopped("stopped while the SuperLink was away")
-            pause = min(2 * pause, LONGEST_TICK)
+            failures += 1
+
+
+def _longer(failures: int, longest: float = LONGEST_TICK) -> float:
+    """Seconds to wait after so many failures in a row."""
+    return float(min(longest, SHORTEST_TICK * 2 ** min(failures, 10)))

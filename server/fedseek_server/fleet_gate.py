@@ -8,6 +8,9 @@ and this gate, which wraps the same application, is all that the network sees. W
     no length, or more than the call may have         411, 413
     a key that is not registered, a bad signature     401, before a byte of the body is read
     a registered key whose clock is off               401, and the answer says by how much
+    a header that decides, given twice                400
+    more calls at a time than a SuperNode makes       429
+    a message that is no reply of the caller's own    403
 
 A request for messages is held while there are none, so that idle sites cost next to nothing and a message still
 reaches them at once.
@@ -19,28 +22,35 @@ import asyncio
 import binascii
 import datetime
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final
+from weakref import WeakSet
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from fedseek_server.refusals import Refusals
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-SMALL, OBJECT = 1 << 20, (5 << 20) + (64 << 10)  # bytes; an object is one of Flower's 5 MiB chunks and its header
+# Bytes. An object is one of Flower's 5 MiB chunks and its header. A reply is announced with 68 bytes an object in a small
+# call, so no site can announce more than 2.4 GiB for one request.
+SMALL, OBJECT = 32 << 10, (5 << 20) + (64 << 10)
 PULL_MESSAGES: Final = "/v1/fleet/pull-messages"
+PUSH_MESSAGES: Final = "/v1/fleet/push-messages"
 LIMITS: Final[Mapping[str, int]] = {
     "/v1/fleet/activate-node": SMALL,
     "/v1/fleet/deactivate-node": SMALL,
     "/v1/fleet/send-node-heartbeat": SMALL,
     PULL_MESSAGES: SMALL,
-    "/v1/fleet/push-messages": SMALL,
+    PUSH_MESSAGES: SMALL,
     "/v1/fleet/get-run": SMALL,
     "/v1/fleet/get-fab": SMALL,
     "/v1/fleet/push-object": OBJECT,
@@ -49,9 +59,12 @@ LIMITS: Final[Mapping[str, int]] = {
 }
 NEWS_PATH: Final = "/fedseek/news/"  # and a node's number; on the private socket only
 KEY_HEADER, TIME_HEADER, SIGNATURE_HEADER = "flwr-public-key", "flwr-timestamp", "flwr-signature"
+DECIDING: Final = frozenset({"content-length", KEY_HEADER, TIME_HEADER, SIGNATURE_HEADER})
+TWICE: Final = ":twice"  # no header's name: a colon ends one
 LONGEST_HEADER: Final = 2048  # bytes; a P-521 key in PEM and base64 has 360
 AHEAD, BEHIND = 5.0, 305.0  # seconds that a site's clock may differ; Flower's own window
 HOLD_SECONDS: Final = 20.0  # a SuperNode waits 30 s for an answer
+AT_ONCE: Final = 12  # calls of one node; a SuperNode makes six: messages, heartbeat, two objects up, two down
 
 
 class Doorbell:
@@ -60,20 +73,23 @@ class Doorbell:
     def __init__(self) -> None:
         self.closed = False
         self._rung: dict[int, asyncio.Event] = {}
+        self._all: WeakSet[asyncio.Event] = WeakSet()
 
     def ring(self, node: int) -> None:
-        """Wake this node's request, if one is held; otherwise its next one finds the bell rung."""
-        self._rung.setdefault(node, asyncio.Event()).set()
+        """Wake this node's request, if one is held. If none is, its next one looks for messages before it waits."""
+        if node in self._rung:
+            self._rung[node].set()
 
     def close(self) -> None:
         """Have every held request answered now, and hold no other: the process is about to end."""
         self.closed = True
-        for event in self._rung.values():
+        for event in list(self._all):
             event.set()
 
     def listen(self, node: int) -> asyncio.Event:
-        """Set from the next ring on."""
+        """Set from the next ring on. A node's earlier request hears it no more: its connection may be a dead one."""
         event = self._rung[node] = asyncio.Event()
+        self._all.add(event)
         return event
 
 
@@ -86,6 +102,8 @@ class Refusal:
 
 
 NOBODY_WE_KNOW: Final = Refusal(401, "not a registered site")
+NOT_YOURS: Final = Refusal(403, "not a reply of this site's")
+TOO_MANY: Final = Refusal(429, f"more than {AT_ONCE} calls at a time")
 
 
 def in_turn(app: Application, turn: asyncio.Semaphore) -> Application:
@@ -131,6 +149,7 @@ def fleet_gate(
     node_of: Callable[[bytes], int | None],
     bell: Doorbell,
     *,
+    is_own_reply: Callable[[int, bytes], bool],
     now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
     hold: float = HOLD_SECONDS,
 ) -> Application:
@@ -140,9 +159,28 @@ def fleet_gate(
         app: the whole SuperLink.
         node_of: the number of the node that a public key, in PEM, belongs to; None if it is not registered now.
         bell: rung when there may be messages.
+        is_own_reply: whether the body of a push-messages call is a reply of the node that sends it.
         now: the time.
         hold: how long a request for messages is held while there are none, in seconds.
     """
+    under_way: Counter[int] = Counter()
+    refusals = Refusals()
+
+    async def refuse(scope: MutableMapping[str, Any], send: Send, refusal: Refusal) -> None:
+        client = scope.get("client")
+        refusals.note(client[0] if client else "somebody", refusal.reason)
+        await _refuse(send, refusal)
+
+    async def let_in(scope: MutableMapping[str, Any], receive: Receive, send: Send, node: int, length: int) -> None:
+        body = await _read(receive, length)
+        if body is None:
+            return
+        if scope["path"] == PUSH_MESSAGES and not is_own_reply(node, body):
+            await refuse(scope, send, NOT_YOURS)
+        elif scope["path"] == PULL_MESSAGES:
+            await _answer_when_there_is_news(_Held(app, scope, body, node, bell, hold), receive, send)
+        else:
+            await app(scope, _replay(body, receive), send)
 
     async def gate(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -151,17 +189,16 @@ def fleet_gate(
         sender: Refusal | int | None = check_call(scope["method"], scope["path"], headers)
         if sender is None:
             sender = await asyncio.to_thread(check_sender, headers, node_of, now())
+        if not isinstance(sender, Refusal) and under_way[sender] >= AT_ONCE:
+            sender = TOO_MANY
         if isinstance(sender, Refusal):
-            await _refuse(send, sender)
+            await refuse(scope, send, sender)
             return
-        body = await _read(receive, int(headers["content-length"]))
-        if body is None:
-            return
-        if scope["path"] == PULL_MESSAGES:
-            held = _Held(app, scope, body, sender, bell, hold)
-            await _answer_when_there_is_news(held, receive, send)
-        else:
-            await app(scope, _replay(body, receive), send)
+        under_way[sender] += 1
+        try:
+            await let_in(scope, receive, send, sender, int(headers["content-length"]))
+        finally:
+            under_way[sender] -= 1
 
     return gate
 
@@ -171,8 +208,10 @@ def check_call(method: str, path: str, headers: Mapping[str, str]) -> Refusal | 
     limit = LIMITS.get(path)
     if limit is None or method != "POST":
         return Refusal(404, "not found")
+    if TWICE in headers:
+        return Refusal(400, f"{headers[TWICE]} is given twice")
     length = headers.get("content-length", "")
-    if not (length.isascii() and length.isdigit()):
+    if "transfer-encoding" in headers or not (length.isascii() and length.isdigit()):
         return Refusal(411, "length required")
     if len(length) > 12 or int(length) > limit:
         return Refusal(413, f"more than {limit} bytes")
@@ -209,7 +248,14 @@ def _decoded(value: str) -> bytes:
 
 
 def _headers(scope: Mapping[str, Any]) -> dict[str, str]:
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    """By name. If one that decides is there twice, its name is under ``TWICE``: Flower might go by the other."""
+    headers: dict[str, str] = {}
+    for raw_name, value in scope["headers"]:
+        name = raw_name.decode("latin-1")
+        if name in DECIDING and name in headers:
+            headers[TWICE] = name
+        headers[name] = value.decode("latin-1")
+    return headers
 
 
 async def _refuse(send: Send, refusal: Refusal) -> None:

@@ -1,27 +1,24 @@
-"""The coordinator's one adapter to Flower's internals (flwr 1.41.0, pinned; tests hold it to that).
+"""The driver's adapter to Flower's internals (flwr 1.41.0, pinned; tests/server/test_flower_internals.py holds it to that).
 
-Two halves. :func:`superlink_app` builds Flower's SuperLink for the process that hosts it (superlink.py).
-:class:`FlowerLink` is used by the driver: it talks to that SuperLink over a Unix socket that only the coordinator's
-account can open, because the SuperLink's Control interface has no authentication of its own.
+:class:`FlowerLink` talks to the SuperLink (flower_host.py) over a Unix socket that only the coordinator's account can
+open, because the SuperLink's Control interface has no authentication of its own.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import secrets
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import httpx
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import message_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
     ListRunsRequest,
@@ -31,8 +28,8 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.fab_pb2 import Fab
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
-from flwr.proto.node_pb2 import Node
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.node_pb2 import Node, NodeInfo
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     GetNodesRequest,
@@ -45,36 +42,27 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, inflate_object_from_contents, push_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, push_objects
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.interceptors.http.superexec_auth import SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
-from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
-from flwr.superlink.config_loader import SuperLinkLifespanConfig
-from flwr.superlink.main import create_app
 
 from fedseek.daemon.bundle import bundle_digest
 from fedseek.daemon.supervise import repeat
-from fedseek.errors import Malformed, SessionOver, TooLarge, Undelivered, Unreachable
-from fedseek_server.app import from_record, to_record
+from fedseek.errors import NotAdmitted, SessionOver, Undelivered, Unreachable
+from fedseek_server.app import to_record
 from fedseek_server.driver import Arrival
 from fedseek_server.fleet_gate import NEWS_PATH
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
+from fedseek_server.objects import read_reply
 
 ClientT = TypeVar("ClientT", ControlHttpClient, RuntimeHttpClient)
 
 HTTP_SECONDS: Final = 30.0
 HEARTBEAT_SECONDS: Final = 10.0  # the SuperLink ends a run after 60 s without one
-CHUNK_BYTES: Final = 5 << 20  # Flower's FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE; only the last may be smaller
-OBJECTS_AROUND: Final = 4  # the chunks: message, record dictionary, array record, array
 _ACQUIRE: Final = "/flwr.proto.Runtime/AcquireTask"
 # an answer of Flower's that says nothing about the site's own will: the request may be sent again
 PASSING: Final = frozenset(
@@ -87,68 +75,11 @@ PASSING: Final = frozenset(
 )
 
 
-# ---------------------------------------------------------------------------------------------------- the host's half
-def superlink_app(database: Path, superexec_secret: bytes) -> FastAPI:
-    """Flower's SuperLink as an ASGI application: node authentication on, process isolation, no installs at run time.
-
-    The options are those of ``flower-superlink --enable-supernode-auth --isolation process --database ...
-    --superexec-auth-secret-file ... --disable-runtime-dependency-installation``; TLS and addresses are the caller's.
-    """
-    logging.getLogger("flwr").setLevel(logging.WARNING)
-    config = SuperLinkLifespanConfig(
-        control_address="",
-        health_server_address=None,
-        host="",
-        port=0,
-        insecure=False,
-        certificates=None,
-        superexec_auth_secret=superexec_secret,
-        authn_plugin=NoOpControlAuthnPlugin(),
-        event_log_plugin=None,
-        fleet_event_log_plugin=None,
-        enable_event_log=False,
-        artifact_provider=None,
-        enable_supernode_auth=True,
-        fleet_api_type="grpc-rere",
-        fleet_api_address=None,
-        simulation=False,
-        ssl_ca_certfile=None,
-        ssl_certfile=None,
-        ssl_keyfile=None,
-        database=str(database),
-        isolation="process",
-        runtime_dependency_install=False,
-    )
-    return create_app(config, SuperLinkLifespan)
-
-
-def node_lookup(app: FastAPI, *, keep: float = 2.0) -> Callable[[bytes], int | None]:
-    """Tells the number of the node that a public key (PEM) is registered for.
-
-    An answer is kept for ``keep`` seconds. That opens nothing to a node just revoked: Flower looks again at each call.
-    """
-    factory = app.state.linkstate_factory
-    known: dict[bytes, tuple[int, float]] = {}
-
-    def node_of(public_key: bytes) -> int | None:
-        node, until = known.get(public_key, (None, 0.0))
-        if node is None or until < time.monotonic():
-            known.pop(public_key, None)
-            node = factory.state().get_node_id_by_public_key(public_key)
-            if node is not None:
-                known[public_key] = (node, time.monotonic() + keep)
-        return node
-
-    return node_of
-
-
-# -------------------------------------------------------------------------------------------------- the driver's half
 @dataclass(frozen=True, slots=True)
 class _Where:
-    """Where an answer's objects are."""
+    """Where an answer is: the id of its root object."""
 
     message_id: str
-    tree: ObjectTree
 
 
 class FlowerLink:
@@ -211,19 +142,33 @@ class FlowerLink:
     # -- sites
     def enrolled(self) -> dict[bytes, int]:
         """Node ids by public key (PEM) of every registered node, connected or not."""
-        with _translated():
-            nodes = self._control.ListNodes(ListNodesRequest()).nodes_info
-        return {bytes(node.public_key): int(node.node_id) for node in nodes if node.status != "unregistered"}
+        return {bytes(node.public_key): int(node.node_id) for node in self._registered()}
+
+    def names(self) -> dict[int, str]:
+        """The name that each registered node was given, by its id."""
+        return {int(node.node_id): str(node.name) for node in self._registered()}
 
     def enrol(self, public_key: bytes, name: str) -> int:
-        """Register a node; returns its id. Only a registered key passes the fleet gate."""
-        with _translated():
-            return int(self._control.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
+        """Register a node; returns its id. Only a registered key passes the fleet gate.
+
+        Raises:
+            NotAdmitted: the key is no P-256, P-384 or P-521 key, or was registered before; Flower takes none twice.
+        """
+        try:
+            with _translated():
+                asked = RegisterNodeRequest(public_key=public_key, name=name)
+                return int(self._control.RegisterNode(asked).node_id)
+        except SessionOver as error:
+            raise NotAdmitted(
+                f"node key of {name!r} is not taken: {error.message}",
+                hint="a key that was revoked is not taken again; have the site make a new one",
+            ) from error
 
     def revoke(self, node: int) -> None:
-        """Unregister a node: from now on the gate refuses its key."""
+        """Unregister a node: from now on each of its calls is refused, and the one that the gate holds is ended."""
         with _translated():
             self._control.UnregisterNode(UnregisterNodeRequest(node_id=node))
+            self._ring(self._control, node)
 
     def nodes(self) -> dict[int, str]:
         """Connected nodes, each with a stamp that changes when its SuperNode starts anew."""
@@ -258,20 +203,23 @@ class FlowerLink:
                 raise Undelivered(f"{phase}: the SuperLink takes no message for node {node}")
             send = make_push_object_fn_protobuf(runtime.PushObject, self._node, self._run_id, accepted.session_id)
             push_objects(get_all_nested_objects(message), send, object_ids_to_push=set(accepted.objects_to_push))
-            runtime._client.post(f"http://superlink{NEWS_PATH}{node}").raise_for_status()
+            self._ring(runtime, node)
         return str(message.metadata.message_id)
 
     def poll(self, message_ids: Iterable[str]) -> list[Arrival]:
-        """Answers announced since the last call to requests with these ids, each told once."""
+        """Answers to requests with these ids that have been announced.
+
+        Each is told once. Do not ask again for a request that was answered: Flower makes up an error once the reply
+        has been fetched or deleted.
+        """
         asked = PullAppMessagesRequest(message_ids=list(message_ids))
         with _translated():
             answer = self._opened().PullMessages(asked)
         arrivals = []
-        for proto, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
-            message = message_from_proto(proto)
-            error = message.error.code if message.has_error() else None
-            where = _Where(message.metadata.message_id, tree)
-            arrivals.append(Arrival(message.metadata.reply_to_message_id, error, error in PASSING, where))
+        for message in answer.messages_list:
+            error = message.error.code if message.HasField("error") else None
+            told = message.metadata
+            arrivals.append(Arrival(told.reply_to_message_id, error, error in PASSING, _Where(told.message_id)))
         return arrivals
 
     def fetch(self, arrival: Arrival, *, limit: int) -> bytes | None:
@@ -284,18 +232,10 @@ class FlowerLink:
             TooLarge: more than ``limit`` bytes are offered.
             Malformed: what came is not a reply of ours.
         """
-        where = _where(arrival)
-        ids = list(dict.fromkeys(tree.object_id for tree in iterate_object_tree(where.tree)))
-        if (len(ids) - OBJECTS_AROUND - 1) * CHUNK_BYTES > limit:
-            raise TooLarge(f"reply of {len(ids)} objects, wanted at most {limit} bytes")
-        contents: dict[str, bytes] = {}
-        for object_id in reversed(ids):
-            content = self._pull(object_id)
-            if content is None:
-                return None
-            contents[object_id] = content
-        self.discard(arrival)
-        return from_record(_inflated(where.message_id, contents))
+        data = read_reply(_where(arrival).message_id, self._pull, limit=limit)
+        if data is not None:
+            self.discard(arrival)
+        return data
 
     def discard(self, arrival: Arrival) -> None:
         """Have the SuperLink delete what it holds of this answer."""
@@ -306,6 +246,15 @@ class FlowerLink:
             self._opened().ConfirmMessageReceived(done)
 
     # -- inside
+    def _registered(self) -> list[NodeInfo]:
+        with _translated():
+            nodes = self._control.ListNodes(ListNodesRequest()).nodes_info
+        return [node for node in nodes if node.status != "unregistered"]
+
+    @staticmethod
+    def _ring(client: ControlHttpClient | RuntimeHttpClient, node: int) -> None:
+        client._client.post(f"http://superlink{NEWS_PATH}{node}").raise_for_status()
+
     def _pull(self, object_id: str) -> bytes | None:
         asked = PullObjectRequest(node=self._node, run_id=self._run_id, object_id=object_id)
         with _translated():
@@ -351,16 +300,6 @@ def _where(arrival: Arrival) -> _Where:
     if not isinstance(arrival.handle, _Where):
         raise TypeError("an arrival of another link")
     return arrival.handle
-
-
-def _inflated(message_id: str, contents: dict[str, bytes]) -> RecordDict:
-    try:
-        message = inflate_object_from_contents(message_id, contents)
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise Malformed("Flower message: its objects do not make one") from error
-    if not isinstance(message, Message) or not message.has_content():
-        raise Malformed("Flower message: wanted one with content")
-    return message.content
 
 
 def _over_socket(client: ClientT, socket: Path) -> ClientT:

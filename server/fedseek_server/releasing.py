@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from fedseek.errors import Malformed, ReleaseRefused
+from fedseek.identity.secret_files import sync_folder
 from fedseek.messages import ReleaseApproved
 from fedseek.release import PrivacyStatement, model_card
 from fedseek_server.coordinator import Coordinator
@@ -19,11 +20,13 @@ ADAPTER_FILES = frozenset({"adapter_config.json", WEIGHTS_FILE})
 
 
 def write_release(coordinator: Coordinator, folder: Path) -> None:
-    """Write the release folder, all or nothing.
+    """Write the release folder, all or nothing; durably when this returns.
+
+    The same release that is there already stays as it is: the process was stopped after it had been written.
 
     Raises:
-        ReleaseRefused: a site whose update is in the adapter has not approved, or the adapter that was sent is not the
-            one all signed for.
+        ReleaseRefused: a site whose update is in the adapter has not approved, the adapter that was sent is not the
+            one all signed for, or the folder holds something else.
         Malformed: a statement does not parse or speaks of another run, plan or site.
     """
     approvals = coordinator.approvals
@@ -50,7 +53,24 @@ def write_release(coordinator: Coordinator, folder: Path) -> None:
         (draft / "roster.bin").write_bytes(coordinator.roster.canonical_bytes())
         card = model_card(plan, run=coordinator.run, statements=statements, utility={}, base=plan.spec.model.source)
         (draft / "README.md").write_text(card, "utf-8")
-        os.replace(draft, folder)
+        _put_in_place(draft, folder)
+
+
+def _put_in_place(draft: Path, folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        if _content(folder) != _content(draft):
+            raise ReleaseRefused(f"{folder} exists and holds something else", hint="move it away")
+        return
+    for path in draft.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    sync_folder(draft)
+    os.replace(draft, folder)
+    sync_folder(folder.parent)
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def _adapter_of(approvals: list[ReleaseApproved], statements: list[PrivacyStatement]) -> dict[str, bytes]:

@@ -56,7 +56,7 @@ def take_reply(state: RunState, node: int, asked: Request, reply: Reply, *, node
         asked: what it was asked.
         reply: what it answered, parsed and of this run.
         nodes: that are there now.
-        now: Unix time in seconds.
+        now: Unix time in seconds, when the nodes were looked at.
 
     Raises:
         MessageError, CustodyError: it is not what was asked, or not from whom it should be.
@@ -100,6 +100,8 @@ def _take_admission(
         state.envelopes.take(reply.group_key, now=now)
     state.admissions.admit(node, reply)
     state.pipeline.keep_keys(reply.keys)
+    if state.continues is not None:
+        state.history.contributors.update(state.federation.names(reply.contributors))
 
 
 def _take_update(state: RunState, reply: UpdateReply) -> None:

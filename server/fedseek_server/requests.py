@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from msgspec.structs import replace
+
 from fedseek.messages import PlanOffer, ReleaseRequest, Request, RoundRequest
 from fedseek_server.rounds import MaskedRound, unmask_request
 from fedseek_server.state import RunState
@@ -16,11 +18,15 @@ def plan_offers(
 ) -> dict[int, Request]:
     """The plan, from round ``number`` on, to these nodes; ``key_maker`` also makes the first group key."""
     federation = state.federation
-    plan, roster = federation.plan.canonical(), federation.roster.canonical_bytes()
-    return {
-        node: PlanOffer(run=federation.run, round=number, plan=plan, roster=roster, make_key=node == key_maker)
-        for node in nodes
-    }
+    offer = PlanOffer(
+        run=federation.run,
+        round=number,
+        plan=federation.plan.canonical(),
+        roster=federation.roster.canonical_bytes(),
+        make_key=False,
+        continues=state.continues,
+    )
+    return {node: replace(offer, make_key=node == key_maker) for node in nodes}
 
 
 def share_requests(state: RunState, connected: Mapping[str, int], number: int) -> dict[int, Request]:
@@ -64,7 +70,7 @@ def unmask_requests(state: RunState, nodes: Sequence[int], number: int) -> dict[
 
 def release_requests(state: RunState, connected: Mapping[str, int]) -> dict[int, Request]:
     """What each site has not applied yet, and the final metrics; the first of the closing round sends the adapter."""
-    history, metrics = state.history, state.history.ended[-1]
+    history, metrics = state.history, state.history.read(state.closing)
     there = [site for site in state.federation.names(metrics.survivors) if site in connected]
     return {
         node: ReleaseRequest(

@@ -8,10 +8,10 @@ from typing import Any
 
 from fedseek.cohort import Federation
 from fedseek.errors import WrongRound
-from fedseek.messages import ReleaseApproved
+from fedseek.messages import Continuation, ReleaseApproved
 from fedseek_server.admission import Admissions
 from fedseek_server.envelopes import Envelopes
-from fedseek_server.history import History
+from fedseek_server.history import EndedRounds, History
 from fedseek_server.pipeline import Pipeline
 from fedseek_server.rounds import Digests, MaskedRound, open_sum
 
@@ -29,6 +29,9 @@ class RunState:
         envelopes: sealed group keys.
         pipeline: keys and shares for rounds to come.
         history: how rounds ended.
+        continues: what the run goes on from; None: from the plan's first values.
+        next_round: to be played next; 0 before the first is ready, one more than the closing round before the release.
+        rotation_wanted: a new group key was asked for.
         approvals: of the release, by site.
         final_digests: what approvals are compared with.
         masked: the round that is being played, if it takes place.
@@ -40,15 +43,21 @@ class RunState:
     envelopes: Envelopes
     pipeline: Pipeline
     history: History
+    continues: Continuation | None = None
+    next_round: int = 0
+    rotation_wanted: bool = False
     approvals: dict[str, ReleaseApproved] = field(default_factory=dict, repr=False)
     final_digests: Digests = field(default_factory=dict, repr=False)
     masked: MaskedRound | None = None
 
     @classmethod
-    def of(cls, federation: Federation, observe: Observe) -> RunState:
+    def of(
+        cls, federation: Federation, observe: Observe, ended: EndedRounds, continues: Continuation | None = None
+    ) -> RunState:
         """A run in which nothing has happened."""
-        parts = (Admissions(federation), Envelopes(federation), Pipeline(federation), History(federation))
-        return cls(federation, observe, *parts)
+        first = continues.round + 1 if continues else 1
+        parts = (Admissions(federation), Envelopes(federation), Pipeline(federation))
+        return cls(federation, observe, *parts, History(federation, ended, first), continues)
 
     @property
     def closing(self) -> int:

@@ -12,27 +12,34 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import datetime
 import logging
 import os
 import secrets
 import signal
-import socket
-import ssl
-import stat
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import uvicorn
-
+from fedseek.daemon.process import only_one
 from fedseek.daemon.supervise import Child, die_with_parent
-from fedseek.errors import AddressTaken
-from fedseek_server.fleet_gate import Application, Doorbell, fleet_gate, in_turn, with_bell
+from fedseek.errors import AddressTaken, FedseekError, WrongKey
+from fedseek.identity.secret_files import read_secret_file, refusing, write_secret_file
+from fedseek_server.certificate import check_certificate, keep_fresh, server_context
+from fedseek_server.fleet_gate import Doorbell, fleet_gate, in_turn, with_bell
+from fedseek_server.listeners import (
+    Listener,
+    Patience,
+    allow_descriptors,
+    http_config,
+    private_socket,
+    public_socket,
+)
 
-DRAIN_SECONDS: Final = 2  # for requests in flight, after SIGTERM
-MOST_CONNECTIONS: Final = 512
 AT_A_TIME: Final = 1  # requests in Flower
+SECRET_BYTES: Final = 32
 LONGEST_SOCKET_PATH: Final = 100  # bytes; the kernel's limit is 108
 # Flower reads these when it is imported, so they are set before the process starts
 ENVIRONMENT: Final = {
@@ -42,6 +49,8 @@ ENVIRONMENT: Final = {
     "FLWR_LOG_LEVEL": "WARNING",
     "PYTHONUNBUFFERED": "1",
 }
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,29 +79,38 @@ class SuperLinkSettings:
         """What proves to the SuperLink that it is the driver who asks for a run's task."""
         return self.state / "superexec.secret"
 
+    @property
+    def home(self) -> Path:
+        """Flower's own folder."""
+        return self.state / "flower"
+
 
 def prepare(settings: SuperLinkSettings) -> bytes:
     """Make the state folder and the secret, if they are not there. Returns the secret.
 
     Raises:
         AddressTaken: the folder's path is too long for a Unix socket.
+        CustodyError: the folder or the secret cannot be written or read, or is open to others.
+        WrongKey: what is there is no such secret.
     """
     if len(os.fsencode(settings.socket)) > LONGEST_SOCKET_PATH:
         raise AddressTaken(
             f"{settings.socket}: got {len(os.fsencode(settings.socket))} bytes, wanted at most {LONGEST_SOCKET_PATH}",
             hint="choose a state folder with a shorter path",
         )
-    settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    settings.state.chmod(0o700)
+    with refusing(settings.state, "made"):
+        for folder in (settings.state, settings.home):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
     if not settings.secret_file.exists():
-        partial = settings.secret_file.with_suffix(".new")
-        partial.unlink(missing_ok=True)
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(settings.secret_file)
-    return settings.secret_file.read_bytes()
+        write_secret_file(settings.secret_file, secrets.token_bytes(SECRET_BYTES))
+    secret = read_secret_file(settings.secret_file, limit=SECRET_BYTES)
+    if len(secret) != SECRET_BYTES:
+        raise WrongKey(
+            f"{settings.secret_file}: got {len(secret)} bytes, wanted {SECRET_BYTES}",
+            hint="delete it while the daemon is down; another is made",
+        )
+    return secret
 
 
 def superlink(settings: SuperLinkSettings, *, log_file: Path | None = None) -> Child:
@@ -100,7 +118,7 @@ def superlink(settings: SuperLinkSettings, *, log_file: Path | None = None) -> C
     command = [sys.executable, "-m", "fedseek_server.superlink", "--state", str(settings.state)]
     command += ["--host", settings.host, "--port", str(settings.port)]
     command += ["--certificate", str(settings.certificate), "--key", str(settings.key)]
-    environment = {**ENVIRONMENT, "FLWR_HOME": str(settings.state / "flower"), "HOME": str(settings.state)}
+    environment = {**ENVIRONMENT, "FLWR_HOME": str(settings.home), "HOME": str(settings.state)}
     return Child("superlink", tuple(command), environment, log_file)
 
 
@@ -112,24 +130,34 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
     settings = SuperLinkSettings(**vars(parser.parse_args(arguments)))
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     die_with_parent()
     os.umask(0o077)
-    asyncio.run(_serve(settings, prepare(settings)))
+    try:
+        secret = prepare(settings)
+        check_certificate(settings.certificate, datetime.datetime.now(datetime.UTC))
+        allow_descriptors()
+        with only_one(settings.home):
+            asyncio.run(_serve(settings, secret))
+    except FedseekError as error:
+        _log.error("the SuperLink cannot start: %s", error)
+        sys.exit(error.exit_code)
 
 
 async def _serve(settings: SuperLinkSettings, secret: bytes) -> None:
-    from fedseek_server.flower import node_lookup, superlink_app  # late: the supervisor's process needs none of it
-
+    context = server_context(settings.certificate, settings.key)
     with private_socket(settings.socket) as private, public_socket(settings.host, settings.port) as public:
+        # late: the supervisor's process needs none of it
+        from fedseek_server.flower_host import is_own_reply, node_lookup, superlink_app
+
         superlink, bell = superlink_app(settings.state / "state.db", secret), Doorbell()
         app = in_turn(superlink, asyncio.Semaphore(AT_A_TIME))
-        inside = _Listener(_config(with_bell(app, bell), lifespan="on"))
-        outer = fleet_gate(app, node_lookup(superlink), bell)
-        gate = _config(outer, lifespan="off", limit_concurrency=MOST_CONNECTIONS)
+        inside = Listener(http_config(with_bell(app, bell), lifespan="on"))
+        outer = fleet_gate(app, node_lookup(superlink), bell, is_own_reply=is_own_reply)
+        gate = http_config(outer, lifespan="off")
         gate.load()
-        gate.ssl = server_context(settings.certificate, settings.key)
-        outside = _Listener(gate)
+        gate.ssl = context
+        outside = Listener(gate, Patience())
 
         def end() -> None:
             bell.close()
@@ -139,83 +167,13 @@ async def _serve(settings: SuperLinkSettings, secret: bytes) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end)
-        await asyncio.gather(inside.serve(sockets=[private]), outside.serve(sockets=[public]))
-    settings.socket.unlink(missing_ok=True)
-
-
-def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """TLS 1.3 only: both ends are ours."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(certificate, key)
-    return context
-
-
-def private_socket(path: Path) -> socket.socket:
-    """A listening Unix socket of mode 0600. A stale one, left by a killed process, is replaced.
-
-    Raises:
-        AddressTaken: another process answers there, or the path is something else than a socket.
-    """
-    if path.exists():
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise AddressTaken(f"{path} is not a socket", hint="move it away")
-        if _is_answered(path):
-            raise AddressTaken(f"{path} is in use by another process", hint="is a coordinator running already?")
-        path.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    previous = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(previous)
-    return listener
-
-
-def public_socket(host: str, port: int) -> socket.socket:
-    """A listening TCP socket.
-
-    Raises:
-        AddressTaken: the port is in use.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=128)
-    except OSError as error:
-        raise AddressTaken(
-            f"{host} port {port}: {error.strerror}", hint="choose another port, or stop its user"
-        ) from error
-
-
-def _is_answered(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        renewal = loop.create_task(keep_fresh(context, settings.certificate, settings.key))
         try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-        return True
-
-
-def _config(app: Application, **options: object) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        ws="none",
-        server_header=False,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        **options,  # type: ignore[arg-type]
-    )
-
-
-class _Listener(uvicorn.Server):
-    """One of two servers in one process: signals are the process's business."""
-
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._serve(sockets)
-
-    def stop(self) -> None:
-        self.should_exit = True
+            await asyncio.gather(inside.serve(sockets=[private]), outside.serve(sockets=[public]))
+        finally:
+            renewal.cancel()
+            with suppress(asyncio.CancelledError):
+                await renewal
 
 
 if __name__ == "__main__":

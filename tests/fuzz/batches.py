@@ -18,7 +18,8 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fuzz_targets import Finding, Target, mutate, outcome, targets
+from altering import Finding, Target, mutate, outcome
+from fuzz_targets import targets
 
 ALLOWED_CPU_SECONDS = 60  # of one input, before the child is ended
 

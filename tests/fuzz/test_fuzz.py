@@ -9,8 +9,9 @@ import json
 import random
 
 import pytest
+from altering import Finding, Target, mutate, outcome
 from batches import ALLOWED_CPU_SECONDS, numbered_input, run_batch
-from fuzz_targets import CORPUS, Finding, Target, mutate, outcome, targets
+from fuzz_targets import CORPUS, targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from long_run import MAX_INPUT_BYTES, add_to_corpus

@@ -152,6 +152,7 @@ class PlayedSite:
             signature=sign(self.identity, CONTEXT_PLAN, self.federation.bound),
             keys=(self.keys_for(offer.round), self.keys_for(offer.round + 1)),
             group_key=self.group_key(0) if offer.make_key else None,
+            contributors=(),
         )
 
     def group_key(self, epoch: int):

@@ -9,6 +9,7 @@ from fedseek.errors import CohortTooSmall, PlanRefused, SiteRefused, WrongRound
 from fedseek.identity.keys import SiteIdentity
 from fedseek.messages import MASK_KEY, SELF_MASK, Refused, RoundRequest, UnmaskRequest, decode_request, encode_message
 from fedseek_server.coordinator import Exchange
+from fedseek_server.history import RoundsInMemory
 
 ROSTER_ORDER = (HARBOUR, ANNA, RENJI, BEIAN)
 
@@ -285,6 +286,53 @@ def test_a_site_that_finds_too_few_others_only_misses_the_round(phase):
     assert federated.events("declined", "phase", "round", "site") == [(phase, 1, ANNA)]
     assert federated.events("dropout", "phase", "round", "site") == [(phase, 1, ANNA)]
     assert len(federated.ended[1]) == (3 if phase == "round" else 4)
+
+
+@pytest.mark.parametrize("phase", ["plan", "shares", "round", "unmask", "close"])
+def test_a_site_that_will_not_take_part_now_only_counts_as_missing(phase):
+    number = 3 if phase == "close" else 1
+    federated = federate(played_plan())
+    federated.play(reply=at(phase, number, ANNA, no(ANNA, "NotNow", rule="hours 22:00 to 06:00")))
+    assert federated.events("declined", "phase", "round", "site", "rule") == [
+        (phase, number, ANNA, "hours 22:00 to 06:00")
+    ]
+    assert federated.events("dropout", "phase", "round", "node")[0] == (phase, number, federated.node(ANNA))
+    others = tuple(name for name in ROSTER_ORDER if name != ANNA)
+    assert federated.ended[number] == (ROSTER_ORDER if phase == "unmask" else others)
+    assert set(federated.coordinator.approvals) >= set(others)
+
+
+def test_a_site_that_will_not_make_the_group_key_now_is_passed_over():
+    federated = federate(played_plan())
+    federated.play(
+        reply=lambda phase, number, site, data: (
+            no(site, "NotNow")(data) if (phase, site) in (("plan", BEIAN), ("key", HARBOUR)) else data
+        )
+    )
+    assert federated.events("declined", "phase", "site") == [("plan", BEIAN), ("key", HARBOUR)]
+    assert ("key",) in federated.events("phase", "phase")
+
+
+def test_who_must_approve_is_known_without_reading_a_sum():
+    class Unreadable(RoundsInMemory):
+        def read(self, number):
+            raise AssertionError("a sum was read")
+
+    federated = federate(played_plan())
+    federated.play()
+    state = federated.coordinator._state
+    state.history.ended, state.history._latest = Unreadable(), None
+    assert federated.coordinator.contributors == ROSTER_ORDER
+
+
+def test_a_sum_is_encoded_for_one_site_at_a_time():
+    federated = federate(played_plan())
+    exchange = federated.play(until=("round", 2))
+    node = next(iter(exchange.requests))
+    assert exchange.requests[node] == exchange.requests[node]
+    assert exchange.requests[node] is not exchange.requests[node], "what is kept is the sum, not a request for each"
+    sums = {id(asked.previous[0].sums[0]) for asked in federated.coordinator._asked.values()}
+    assert len(sums) == 1
 
 
 def test_a_run_that_trained_nothing_ends_before_it_asks_for_a_closing_round():

@@ -1,6 +1,9 @@
 """The driver against a link that is a list: what dies, comes late or twice, and what the conductor sees of it."""
 
+import gc
+import itertools
 import threading
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
@@ -231,8 +234,6 @@ def test_two_answers_to_a_request_sent_twice_count_once():
 
 
 def test_a_half_uploaded_reply_does_not_hold_up_the_others():
-    order = []
-
     def behave(node, nth):
         if node == 1:
             return [(0.0, lambda now: b"reply 1" if now > 20 else None)]
@@ -247,9 +248,7 @@ def test_a_half_uploaded_reply_does_not_hold_up_the_others():
 
 def test_an_upload_given_up_is_asked_for_again():
     def behave(node, nth):
-        return (
-            [(0.1, Undelivered("gone"))] if False else [(0.1, _Gone() if (node, nth) == (1, 1) else b"reply %d" % node)]
-        )
+        return [(0.1, _Gone() if (node, nth) == (1, 1) else b"reply %d" % node)]
 
     _, conductor = drive(behave)
     assert sorted(conductor.received) == ALL
@@ -298,3 +297,220 @@ def test_it_stops_when_told(away):
     clock.set()
     with pytest.raises(Stopped):
         Driver(network, deadline=lambda exchange: 1e6, stop=clock, clock=clock).drive(Conductor(ONE))
+
+
+# --------------------------------------------------------------------------------------------- what takes long, or never ends
+def play(network, *exchanges, deadline=30.0, **options):
+    """Drive over a network made by the test; the stop event is its clock."""
+    conductor = Conductor(*(exchanges or (ONE,)), **options)
+    stop = network.clock
+    Driver(network, deadline=lambda exchange: deadline, stop=stop, clock=stop).drive(conductor)
+    return conductor
+
+
+def test_an_exchange_with_some_of_the_nodes_asks_and_awaits_those_alone():
+    """After a restart of the coordinator only those are asked that have not answered before it."""
+    network, conductor = drive(at_once, Exchange("round", 3, {2: b"to 2"}))
+    assert network.sent == [(2, b"to 2")]
+    assert conductor.received == [ALL[1]]
+    assert network.clock.now < 2
+
+
+def test_an_exchange_with_nobody_is_over_at_once():
+    network, conductor = drive(at_once, Exchange("round", 3, {}))
+    assert (network.sent, conductor.received, network.clock.now) == ([], [], 0.0)
+
+
+class SlowFetch(Network):
+    """To fetch a reply takes ten seconds, as when the SuperLink is very busy."""
+
+    def fetch(self, arrival, *, limit):
+        self.clock.now += 10
+        return super().fetch(arrival, limit=limit)
+
+
+def test_replies_that_are_slow_to_fetch_end_with_the_deadline_and_are_deleted():
+    clock = Clock()
+    network = SlowFetch(clock, at_once)
+    conductor = play(network, deadline=15.0)
+    assert len(conductor.received) == 2  # the second was begun in time
+    assert len(network.discarded) == 1
+    assert clock.now < 25
+
+
+def test_a_reply_that_stays_half_uploaded_is_looked_at_ever_more_seldom_and_deleted_at_the_end():
+    looks = []
+
+    def never(now):
+        looks.append(now)
+
+    network, conductor = drive(lambda node, nth: [(0.0, never)] if node == 1 else at_once(node, nth), deadline=200)
+    assert sorted(conductor.received) == ALL[1:]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(looks)]
+    assert len(looks) < 80
+    assert max(pauses) <= 11.5
+    assert pauses[-1] > 5 * pauses[0]
+    assert network.discarded == [never]
+
+
+def test_of_two_replies_of_a_node_the_later_is_taken_and_the_earlier_deleted():
+    """The process that sent the first was killed while it uploaded; its successor is asked again, and answers."""
+
+    class Restarting(Network):
+        def nodes(self):
+            self.stamps[2] = "a" if self.clock.now < 5 else "b"
+            return super().nodes()
+
+    def half(now):
+        return None
+
+    clock = Clock()
+    network = Restarting(clock, lambda node, nth: [(0.1, half)] if (node, nth) == (2, 1) else at_once(node, nth))
+    conductor = play(network)
+    assert sorted(conductor.received) == ALL
+    assert network.discarded == [half]
+
+
+def test_one_reply_at_most_is_held_and_none_when_it_is_over():
+    alive = []
+
+    class Reply(bytearray):
+        """Bytes that can be watched."""
+
+    class Watching(Network):
+        def fetch(self, arrival, *, limit):
+            gc.collect()
+            assert not [ref for ref in alive if ref() is not None], "the reply before is still in memory"
+            reply = Reply(b"x" * 100)
+            alive.append(weakref.ref(reply))
+            return reply
+
+    class Forgetful(Conductor):
+        def receive(self, node, data):
+            self.received.append(node)
+
+    clock = Clock()
+    network, conductor = Watching(clock, at_once), Forgetful(ONE)
+    Driver(network, deadline=lambda exchange: 30.0, stop=clock, clock=clock).drive(conductor)
+    assert sorted(conductor.received) == [1, 2, 3]
+
+
+def test_the_largest_reply_is_the_links_to_keep():
+    limits = []
+
+    class Limited(Network):
+        def fetch(self, arrival, *, limit):
+            limits.append(limit)
+            return super().fetch(arrival, limit=limit)
+
+    clock = Clock()
+    network, conductor = Limited(clock, at_once), Conductor(ONE)
+    Driver(network, deadline=lambda exchange: 30.0, stop=clock, limit=12345, clock=clock).drive(conductor)
+    assert set(limits) == {12345}
+
+
+def test_a_late_reply_is_looked_for_until_flower_has_forgotten_it_and_no_longer():
+    asked = []
+
+    class Listening(Network):
+        def poll(self, message_ids):
+            asked.append((self.clock.now, list(message_ids)))
+            return super().poll(message_ids)
+
+    def behave(node, nth):
+        if nth == 1:
+            return [] if node == 2 else at_once(node, nth)
+        return [(1500.0, b"reply %d" % node)]
+
+    clock = Clock()
+    network, second = Listening(clock, behave), Exchange("round", 2, ONE.requests)
+    seconds = {1: 30.0, 2: 2000.0}
+    driver = Driver(network, deadline=lambda exchange: seconds[exchange.round], stop=clock, clock=clock)
+    driver.drive(Conductor(ONE, second))
+    [late] = [message_id for message_id in asked[0][1] if message_id.startswith("2.")]
+    last = max(at for at, ids in asked if late in ids)
+    assert 950 < last < 970  # its exchange, and 15 minutes beyond the end of that
+    assert clock.now > 1500
+
+
+@pytest.mark.parametrize("error", [SessionOver("HTTP 500"), Unreachable("HTTP 503")])
+def test_a_superlink_that_opens_runs_and_fails_at_each_call_is_not_asked_all_the_time(error):
+    """As with a full disk. The run waits for a person, without a busy loop, and stops when told."""
+
+    class Failing(Network):
+        def push(self, *arguments, **options):
+            if self.clock.now > 300:
+                self.clock.set()
+            raise error
+
+    clock = Clock()
+    network = Failing(clock, at_once)
+    with pytest.raises(Stopped):
+        play(network)
+    assert 20 < network.opened < 80
+
+
+@pytest.mark.parametrize("error", [SessionOver("x"), Unreachable("x")])
+def test_who_is_connected_is_asked_again_with_pauses_and_until_told_to_stop(error):
+    class Failing(Network):
+        def nodes(self):
+            if self.clock.now > 60:
+                self.clock.set()
+            raise error
+
+    clock = Clock()
+    network = Failing(clock, at_once)
+    with pytest.raises(Stopped):
+        play(network)
+    assert network.opened < 100
+
+
+@pytest.mark.parametrize("call", ["nodes", "push", "poll", "fetch", "discard"])
+@pytest.mark.parametrize("error", [Unreachable("x"), SessionOver("x")])
+def test_wherever_the_superlink_dies_the_exchange_is_completed(call, error):
+    class Dying(Network):
+        died = False
+
+    def dying(self, *arguments, **options):
+        if not self.died and (self.sent or call == "push"):
+            self.died = True
+            self.closed = self.opened
+            raise error
+        return getattr(Network, call)(self, *arguments, **options)
+
+    setattr(Dying, call, dying)
+    clock = Clock()
+
+    def behave(node, nth):
+        return [(2.0, 8 if (node, nth) == (3, 1) else b"reply %d" % node)]  # an error, so that something is discarded
+
+    network = Dying(clock, behave)
+    conductor = play(network)
+    assert sorted(conductor.received) == ALL
+    assert network.died
+    assert network.opened == 2
+
+
+def test_it_stops_between_two_replies():
+    class Stopping(Conductor):
+        def receive(self, node, data):
+            super().receive(node, data)
+            clock.set()
+
+    clock = Clock()
+    network, conductor = Network(clock, at_once), Stopping(ONE)
+    with pytest.raises(Stopped, match="round of round 1"):
+        Driver(network, deadline=lambda exchange: 30.0, stop=clock, clock=clock).drive(conductor)
+    assert len(conductor.received) == 1
+    assert network.closed == 1
+
+
+def test_what_cannot_be_deleted_at_the_end_of_an_exchange_does_not_end_the_run():
+    class Stubborn(Network):
+        def discard(self, arrival):
+            raise Unreachable("away")
+
+    clock = Clock()
+    network = Stubborn(clock, lambda node, nth: [(0.0, lambda now: None)] if node == 1 else at_once(node, nth))
+    conductor = play(network, deadline=5.0)
+    assert sorted(conductor.received) == ALL[1:]

@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedseek_server.fleet_gate import (
+    AT_ONCE,
     LIMITS,
     OBJECT,
     PULL_MESSAGES,
+    PUSH_MESSAGES,
+    SMALL,
     Doorbell,
     Refusal,
     check_call,
@@ -63,7 +66,7 @@ class App:
         self.inside -= 1
 
 
-async def ask(gate, path, headers, body=b"", *, method="POST", left=None):
+async def ask(gate, path, headers, body=b"", *, method="POST", left=None, twice=()):
     sent, told = [], False
 
     async def receive():
@@ -78,13 +81,14 @@ async def ask(gate, path, headers, body=b"", *, method="POST", left=None):
         sent.append(message)
 
     headers = {"content-length": str(len(body)), **headers}
-    pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    pairs = [(name.encode(), value.encode("latin-1")) for name, value in [*headers.items(), *twice]]
     await gate({"type": "http", "method": method, "path": path, "headers": pairs, "state": {}}, receive, send)
     return (sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:])) if sent else None
 
 
 def gate_of(app, bell=None, **options):
-    return fleet_gate(app, node_of, bell or Doorbell(), now=lambda: NOW, **options)
+    options = {"is_own_reply": lambda node, body: body != b"of another", "now": lambda: NOW, **options}
+    return fleet_gate(app, node_of, bell or Doorbell(), **options)
 
 
 @pytest.mark.parametrize("path", sorted(LIMITS))
@@ -135,9 +139,14 @@ def test_a_call_of_no_length_is_refused(length):
     assert check_call("POST", PULL_MESSAGES, {"content-length": length}).status == 411
 
 
+def test_a_body_in_chunks_is_refused_whatever_length_is_claimed():
+    headers = {"content-length": "5", "transfer-encoding": "chunked"}
+    assert check_call("POST", PULL_MESSAGES, headers).status == 411
+
+
 def test_sizes_are_limited_by_call():
     assert check_call("POST", "/v1/fleet/push-object", {"content-length": str(OBJECT)}) is None
-    for path, length in (("/v1/fleet/push-object", OBJECT + 1), (PULL_MESSAGES, OBJECT), (PULL_MESSAGES, 10**40)):
+    for path, length in (("/v1/fleet/push-object", OBJECT + 1), (PULL_MESSAGES, SMALL + 1), (PULL_MESSAGES, 10**40)):
         assert check_call("POST", path, {"content-length": str(length)}).status == 413
 
 
@@ -170,6 +179,36 @@ def test_a_stranger_is_told_nothing(headers):
     app = App()
     assert asyncio.run(ask(gate_of(app), PULL_MESSAGES, headers)) == (401, b"not a registered site")
     assert not app.asked
+
+
+@pytest.mark.parametrize("name", ["content-length", "flwr-public-key", "flwr-timestamp", "flwr-signature"])
+def test_a_header_that_decides_may_not_be_there_twice(name):
+    app = App()
+    twice = [(name, signed().get(name, "0"))]
+    assert asyncio.run(ask(gate_of(app), PULL_MESSAGES, signed(), twice=twice))[0] == 400
+    assert not app.asked
+
+
+def test_only_replies_of_the_senders_own_are_passed_on():
+    app = App()
+    assert asyncio.run(ask(gate_of(app), PUSH_MESSAGES, signed(), b"of another"))[0] == 403
+    assert not app.asked
+    assert asyncio.run(ask(gate_of(app), PUSH_MESSAGES, signed(), b"my own"))[0] == 200
+
+
+def test_a_node_has_so_many_calls_at_a_time_and_no_more():
+    async def run():
+        bell, app = Doorbell(), App(*[b""] * AT_ONCE)
+        gate = gate_of(app, bell, hold=30)
+        held = [asyncio.create_task(ask(gate, PULL_MESSAGES, signed())) for _ in range(AT_ONCE)]
+        await asyncio.sleep(0.2)
+        refused = await ask(gate, PULL_MESSAGES, signed())
+        bell.close()
+        answers = await asyncio.wait_for(asyncio.gather(*held), 5)
+        again = await ask(gate_of(app), PUSH_MESSAGES, signed())
+        return refused[0], {status for status, _ in answers}, again[0]
+
+    assert asyncio.run(run()) == (429, {200}, 200)
 
 
 def test_a_stranger_is_refused_before_his_body_is_read():

@@ -192,3 +192,14 @@ def test_the_released_tensors_are_those_the_sites_signed(finished):
     trained = np.concatenate([tensors[name].reshape(-1) for name in sorted(tensors) if "lora_B" in name])
     assert trained.dtype == np.float32
     assert (trained == to_scopes(state.scopes, run.layouts)["global"].weights).all()
+
+
+def test_a_release_that_is_there_already_stays_and_another_is_not_replaced(finished):
+    folder = released(finished)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert released(finished) == folder
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    (folder / "plan.json").write_bytes(b"{}")
+    with pytest.raises(ReleaseRefused, match="holds something else"):
+        released(finished)
+    assert (folder / "plan.json").read_bytes() == b"{}"

@@ -6,10 +6,11 @@ import sys
 import msgspec
 import pytest
 
+from fedseek.daemon.reports import read_events
 from fedseek.errors import InvalidRecords
 from fedseek.identity.roster import Roster
 from fedseek.messages import PlanAdmitted, PlanOffer, Refused, RoundRequest, decode_reply, encode_message
-from simulations.events import read_events, site_log
+from simulations.events import site_log
 from simulations.hosts import SiteHost, host_name
 from simulations.run_folder import create_run_folder, open_scenario
 from simulations.scenario import load_scenario
@@ -42,7 +43,7 @@ def test_a_host_answers_for_the_site_of_an_index_as_the_courier_counts(run_folde
     for host in hosts:
         host.trust(roster.canonical_bytes())
     offer = encode_message(
-        PlanOffer(run="r", round=1, plan=plan.canonical(), roster=roster.canonical_bytes(), make_key=False)
+        PlanOffer(run="r", round=1, plan=plan.canonical(), roster=roster.canonical_bytes(), make_key=False, continues=None)
     )
     for index, name in enumerate(NAMES):
         reply = decode_reply(hosts[index % 2].handle(index, offer))
@@ -61,6 +62,7 @@ def test_sites_that_were_told_no_roster_refuse_every_plan(run_folder):
         plan=open_scenario(folder).plan.canonical(),
         roster=Roster.of(host.enrol()).canonical_bytes(),
         make_key=False,
+        continues=None,
     )
     reply = decode_reply(host.handle(0, encode_message(offer)))
     assert (type(reply), reply.code) == (Refused, "PlanRefused")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from fedseek.daemon import reports as events_module
+from fedseek.daemon.reports import EventLog, peak_rss_mb, read_events
 from fedseek.plan import plan_from_canonical
-from simulations import events as events_module
-from simulations.events import EventLog, EventTail, coordinator_log, peak_rss_mb, read_events, site_log
+from simulations.events import EventTail, coordinator_log, site_log
 from simulations.run_folder import create_run_folder, open_scenario, synthetic_folder
 from simulations.scenario import load_scenario
 
@@ -154,7 +155,7 @@ def test_a_tail_follows_a_log_that_is_being_written(tmp_path):
 
 
 GROW = """
-from simulations.events import peak_rss_mb
+from fedseek.daemon.reports import peak_rss_mb
 before = peak_rss_mb()
 held = b"x" * 200_000_000
 print(before, peak_rss_mb())

@@ -15,7 +15,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModel
 
-from simulations.events import read_events
+from fedseek.daemon.reports import read_events
 from simulations.summary import load_summary
 
 pytestmark = pytest.mark.slow

@@ -138,7 +138,12 @@ class Desk:
     def offer(self, number: int = 1, *, make_key: bool = False, **changes: Any) -> PlanOffer:
         roster = self.federation.roster.canonical_bytes()
         asked = PlanOffer(
-            run=self.federation.run, round=number, plan=self.plan.canonical(), roster=roster, make_key=make_key
+            run=self.federation.run,
+            round=number,
+            plan=self.plan.canonical(),
+            roster=roster,
+            make_key=make_key,
+            continues=None,
         )
         return replace(asked, **changes)
 

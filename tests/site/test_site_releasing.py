@@ -207,16 +207,23 @@ def test_a_process_that_died_after_writing_its_release_writes_it_again(make_desk
     assert [path.name for path in tmp_path.iterdir()] == ["发布"], "no draft is left"
 
 
-def test_another_runs_release_is_not_written_over(make_desk, tmp_path):
+@pytest.mark.parametrize(
+    ("run", "kept"), [("last-year", "发布-last-year"), ("../去年", "发布-")], ids=["plain", "other"]
+)
+def test_another_runs_release_is_kept_beside_the_new_one(make_desk, tmp_path, run, kept):
     desk = make_desk()
     desk.ask(ME, desk.offer(1))
     folder = tmp_path / "发布"
-    write_site_release(finished(desk, run="去年"), folder, send_adapter=False)
-    before = (folder / "privacy.json").read_bytes()
-    with pytest.raises(ReleaseRefused, match="holds no release of run"):
+    for _ in range(2):
+        write_site_release(finished(desk, run=run), folder, send_adapter=False)
+        before = (folder / "privacy.json").read_bytes()
         write_site_release(finished(desk), folder, send_adapter=False)
-    assert json.loads((folder / "privacy.json").read_bytes())["run"] == "去年"
-    assert (folder / "privacy.json").read_bytes() == before
+    assert json.loads((folder / "privacy.json").read_bytes())["run"] == finished(desk).run
+    shelves = sorted(path for path in tmp_path.iterdir() if path != folder)
+    assert len(shelves) == 3, "two of the earlier run, one of the run between them"
+    assert sum((path / "privacy.json").read_bytes() == before for path in shelves) >= 1
+    assert any(path.name.startswith(kept) for path in shelves)
+    assert all(path.parent == tmp_path for path in shelves)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b'{"run": 1}', b"\xff"])

@@ -14,7 +14,7 @@ from fedseek.deal import HeldShares, RoundSecrets
 from fedseek.encode import UpdateLayout
 from fedseek.errors import Malformed
 from fedseek.messages import RoundKeys
-from fedseek_site.state import RoundState, ScopeValues, SiteState
+from fedseek_site.state import EarlierAdapter, RoundState, ScopeValues, SiteState
 from fedseek_site.weights import to_scopes, to_values
 
 KEYS = RoundKeys(site="仁济医院", round=2, mask_key=bytes(32), share_key=bytes(32), signature=bytes(64))
@@ -30,6 +30,12 @@ FULL = RoundState(
     vouched=b"vouched",
     survivors=("仁济医院",),
 )
+BEFORE = EarlierAdapter(
+    round=0,
+    scopes={"global": ScopeValues(weights=SECRET, momentum=SECRET * 2, value_range=0.25)},
+    digests={"global": b"\x07" * 32},
+    contributors=(0, 3),
+)
 STATE = SiteState(
     offer=b"offer",
     scopes={"global": ScopeValues(weights=SECRET, momentum=SECRET * 2, value_range=0.5)},
@@ -38,6 +44,10 @@ STATE = SiteState(
     guards_passed=("a", "b"),
     last_sent=2,
     last_applied=1,
+    digests={"global": b"\x08" * 32},
+    contributors=(0, 2, 3),
+    before=BEFORE,
+    earlier_runs=("丢失的运行",),
     group_keys={0: SECRET, 7: SECRET},
     rounds={2: FULL, 3: RoundState(keys=KEYS, secrets=None)},
     released=True,
@@ -52,7 +62,7 @@ def test_a_state_comes_back_as_it_was():
 
 @pytest.mark.parametrize("shown", [repr, str, lambda each: str(each.__rich_repr__())])
 def test_nothing_that_shows_a_state_shows_a_secret(shown):
-    for each in (STATE, FULL, STATE.scopes["global"], FULL.secrets, *FULL.held.values()):
+    for each in (STATE, FULL, BEFORE, STATE.scopes["global"], FULL.secrets, *FULL.held.values()):
         assert "secret-seed" not in shown(each)
 
 

@@ -1,8 +1,13 @@
 """The wall between courier and site service: whole messages pass, nothing else does."""
 
 import contextlib
+import os
 import re
+import shutil
 import socket
+import stat
+import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -11,8 +16,8 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loopback import turned
 
-import fedseek_site
 from fedseek.errors import AddressTaken, FedseekError, Malformed, TooLarge, Unreachable
 from fedseek_site import socket_service
 from fedseek_site.socket_service import (
@@ -197,17 +202,133 @@ def test_a_path_too_long_for_a_socket_is_refused(tmp_path):
         serve(lambda request: b"", tmp_path / ("x" * 100))
 
 
-def test_the_published_file_says_what_is_spoken():
-    text = Path(fedseek_site.__file__, "..", "site_service.proto").resolve()
-    text = Path(socket_service.__file__).with_name("site_service.proto").read_text()
+def test_a_socket_in_use_is_left_alone_also_when_its_queue_is_full(path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as deaf:
+        deaf.bind(str(path))
+        deaf.listen(0)
+        with contextlib.ExitStack() as waiting:
+            for _ in range(2):
+                one = waiting.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                one.setblocking(False)
+                one.connect_ex(str(path))
+            with pytest.raises(AddressTaken, match="in use"):
+                serve(lambda request: b"", path)
+        assert path.exists()
+
+
+def test_a_symbolic_link_in_the_way_is_left_alone(path, tmp_path):
+    path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(AddressTaken, match="not a socket"):
+        serve(lambda request: b"", path)
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(AddressTaken, match="no socket can be made"):
+        serve(lambda request: b"", tmp_path / "none" / "s.sock")
+
+
+@pytest.mark.parametrize("name", ["a b.sock", "100%41#?.sock", "仁济医院.sock", "ü&=+.sock"])
+def test_any_name_means_the_file_of_that_name(tmp_path, name):
+    stop = serve(turned, tmp_path / name)
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    assert call(tmp_path / name, b"ab") == b"ba"
+    assert is_serving(tmp_path / name)
+    stop(0.5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_stopping_leaves_the_socket_of_a_successor(path):
+    stop = serve(turned, path)
+    path.unlink()
+    stop_other = serve(lambda request: b"other", path)
+    moved = path.with_name("kept")
+    path.rename(moved)  # gRPC itself removes whatever has the name; ours must not
+    moved.touch()
+    stop(0.1)
+    assert moved.exists()
+    stop_other(0.1)
+
+
+# ------------------------------------------------------------------------------------------------------- permissions
+CONNECT = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+
+
+@pytest.fixture
+def open_folder():
+    folder = Path(tempfile.mkdtemp(prefix="fs."))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def connects(path, *, user, group):
+    done = subprocess.run(
+        ["/usr/bin/python3", "-c", CONNECT, str(path)], user=user, group=group, extra_groups=[], capture_output=True
+    )
+    assert done.returncode == 0 or b"PermissionError" in done.stderr
+    return done.returncode == 0
+
+
+@pytest.mark.parametrize("mode", [0o606, 0o666, 0o777, 0o644, 0o400, 0])
+def test_a_mode_that_lets_in_others_is_refused(path, mode):
+    with pytest.raises(ValueError, match="wanted 0600 or 0660"):
+        serve(turned, path, mode=mode)
+    assert not path.exists()
+
+
+def test_the_mode_and_group_are_what_was_asked_for(path):
+    group = os.getgid()
+    stop = serve(turned, path, mode=0o660, group=group)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    assert path.stat().st_gid == group
+    stop(0.5)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/usr/bin/python3").exists(), reason="becomes another account")
+def test_only_its_owner_and_if_so_set_its_group_can_connect(open_folder):
+    path, stranger, member = open_folder / "s.sock", 65534, 54321
+    stop = serve(turned, path)
+    assert not connects(path, user=stranger, group=member)
+    stop(0.5)
+    stop = serve(turned, path, mode=0o660, group=member)
+    assert connects(path, user=stranger, group=member)
+    assert not connects(path, user=stranger, group=stranger)
+    stop(0.5)
+
+
+# --------------------------------------------------------------------------------------------------------- the format
+TYPES = {"uint32": 13, "uint64": 4, "bytes": 12}  # google.protobuf.FieldDescriptorProto.Type
+
+
+def published():
+    """What site_service.proto says: package, service, method, fields."""
+    text = Path(socket_service.__file__).with_name("site_service.proto").read_text(encoding="utf-8")
+    text = re.sub(r"//.*", "", text)
     package = re.search(r"^package ([\w.]+);", text, re.M)[1]
-    name, method = re.search(
-        r"service (\w+) \{.*?rpc (\w+)\(stream Chunk\) returns \(stream Chunk\);", text, re.S
-    ).groups()
-    assert f"/{package}.{name}/{method}" == METHOD
-    body = re.search(r"message Chunk \{(.*?)\n\}", text, re.S)[1]
-    written = {(kind, field, int(number)) for kind, field, number in re.findall(r"(\w+) (\w+) = (\d+);", body)}
-    kinds = {13: "uint32", 4: "uint64", 12: "bytes"}
-    spoken = {(kinds[f.type], f.name, f.number) for f in socket_service._Chunk.DESCRIPTOR.fields}
-    assert written == spoken
+    (service, body) = re.search(r"service (\w+) \{(.*?)\n\}", text, re.S).groups()
+    methods = re.findall(r"rpc (\w+)\((stream )?(\w+)\) returns \((stream )?(\w+)\);", body)
+    messages = dict(re.findall(r"message (\w+) \{(.*?)\n\}", text, re.S))
+    fields = {
+        name: [(field, TYPES[kind], int(number)) for kind, field, number in re.findall(r"(\w+) (\w+) = (\d+);", inside)]
+        for name, inside in messages.items()
+    }
+    assert re.search(r'^syntax = "proto3";', text, re.M)
+    assert not re.search(r"\b(repeated|optional|oneof|map|extend|import|option|enum)\b", text)
+    return package, service, methods, fields
+
+
+def test_the_published_file_says_what_is_spoken():
+    package, service, methods, fields = published()
+    assert f"{package}.{service}" == socket_service.SERVICE
+    assert methods == [("Deliver", "stream ", "Chunk", "stream ", "Chunk")]
+    assert f"/{package}.{service}/Deliver" == METHOD
+    spoken = socket_service._Chunk.DESCRIPTOR
+    assert spoken.full_name == f"{package}.Chunk"
+    assert spoken.file.package == package
+    assert fields == {"Chunk": [(field.name, field.type, field.number) for field in spoken.fields]}
+    assert str(socket_service.VERSION) == re.search(r"\.v(\d+)$", package)[1]
+
+
+def test_bytes_on_the_wire_are_these():
     assert decode_chunk(b"\x08\x01\x10\x02\x1a\x02ab") == Chunk(1, 2, b"ab")
+    assert list(split(b"ab")) == [b"\x08\x01\x10\x02\x1a\x02ab"]

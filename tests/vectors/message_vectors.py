@@ -12,6 +12,7 @@ from fedseek.errors import FedseekError
 from fedseek.he.ciphertext import ScopedCiphertexts, ScopedSum
 from fedseek.messages import (
     AggregateDown,
+    Continuation,
     GroupKeySealed,
     KeyRequest,
     KeysSealed,
@@ -62,7 +63,15 @@ def messages() -> dict[str, list[Any]]:
     digests = {"global": bytes_for("digest", 32)}
     return {
         "request": [
-            PlanOffer(run=RUN, round=1, plan="{计划}".encode(), roster=b"\x91", make_key=True),
+            PlanOffer(run=RUN, round=1, plan="{计划}".encode(), roster=b"\x91", make_key=True, continues=None),
+            PlanOffer(
+                run=RUN,
+                round=3,
+                plan=b"{}",
+                roster=b"\x91",
+                make_key=False,
+                continues=Continuation(run="lost", round=2),
+            ),
             KeyRequest(run=RUN, epoch=1),
             ShareRequest(run=RUN, round=2, listed=(0, 1, 1023), keys=(round_keys(PEER, 2),)),
             RoundRequest(
@@ -90,6 +99,7 @@ def messages() -> dict[str, list[Any]]:
                 signature=SIGNATURE,
                 keys=(round_keys(SITE, 1), round_keys(SITE, 2)),
                 group_key=None,
+                contributors=(0, 2),
             ),
             KeysSealed(run=RUN, site=SITE, group_key=group_key),
             SharesSealed(run=RUN, site=SITE, shares=dealt),

@@ -211,13 +211,20 @@ DEALT = record(
 )
 SUM = record(scope=text(0), contributors=lambda value: wanted(type(value) is int), ciphertexts=many(raw(0)))
 DOWN = record(round=ROUND, epoch=EPOCH, survivors=POSITIONS, sums=many(SUM))
+CONTINUATION = record(run=RUN, round=number(0, 10_003))
 GROUP_KEY = record(epoch=EPOCH, envelopes=table(SITE, DOCUMENT, SITES))
 UPDATE = many(record(scope=text(0), ciphertexts=many(raw(0))))
 KEY_LIST, ENVELOPES, PREVIOUS = many(ROUND_KEYS, high=SITES), table(EPOCH, DOCUMENT), many(DOWN, high=10_001)
 DIGESTS = table(SCOPE, DIGEST)
 
 REQUESTS: dict[str, dict[str, Rule]] = {
-    "PlanOffer": {"round": ROUND, "plan": DOCUMENT, "roster": DOCUMENT, "make_key": flag},
+    "PlanOffer": {
+        "round": ROUND,
+        "plan": DOCUMENT,
+        "roster": DOCUMENT,
+        "make_key": flag,
+        "continues": maybe(CONTINUATION),
+    },
     "KeyRequest": {"epoch": EPOCH},
     "ShareRequest": {"round": ROUND, "listed": POSITIONS, "keys": KEY_LIST},
     "RoundRequest": {
@@ -242,6 +249,7 @@ REPLIES: dict[str, dict[str, Rule]] = {
         "signature": SIGNATURE,
         "keys": many(ROUND_KEYS, 2, 2),
         "group_key": maybe(GROUP_KEY),
+        "contributors": POSITIONS,
     },
     "KeysSealed": {"group_key": GROUP_KEY},
     "SharesSealed": {"shares": DEALT},

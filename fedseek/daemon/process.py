@@ -1,0 +1,78 @@
+"""What a process of ours does first and last: be the only one in its folder, write its log, end when it is told to."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedseek.errors import AddressTaken, CustodyError
+
+LOCK_FILE = "daemon.lock"
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock for the block; the kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        AddressTaken: another process of this machine has it.
+        CustodyError: the folder does not exist, or this account may not write to it.
+    """
+    path = folder / LOCK_FILE
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise CustodyError(f"{path} cannot be opened: {error.strerror}", hint="is this the right folder?") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AddressTaken(
+                f"{folder}: a daemon is running here already", hint="stop it first, or use another folder"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def stop_on_signals() -> threading.Event:
+    """An event that SIGTERM and SIGINT set. Called from the main thread."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+@contextmanager
+def following(stop: threading.Event, also: Callable[[], bool], *, every: float = 0.2) -> Iterator[threading.Event]:
+    """For the block, an event that is set once ``stop`` is, or once ``also()`` is true; looked at ``every`` so often."""
+    either, left = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not (stop.is_set() or also()):
+            if left.wait(every):
+                return
+        either.set()
+
+    thread = threading.Thread(target=watch, name="watch-for-stop", daemon=True)
+    thread.start()
+    try:
+        yield either
+    finally:
+        left.set()
+        thread.join()
+
+
+def start_log(*, verbose: bool = False) -> None:
+    """Log to standard error, a line an event, as systemd and Docker like it."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.DEBUG if verbose else logging.INFO
+    )
+    for chatty in ("httpx", "httpcore", "asyncio", "urllib3", "alembic", "uvicorn"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

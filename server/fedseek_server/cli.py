@@ -1,0 +1,195 @@
+"""The ``fedseek-server`` command: make a consortium, admit sites, serve; ask for runs and see how far they are.
+
+``run``, ``status``, ``stop`` and ``release`` read and write files in the consortium's folder: they need its account, not
+a running daemon. Exit codes are those of ``fedseek``; 8: disk, socket or network cannot be used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from fedseek.daemon.asking import passphrase_option, read_passphrase
+from fedseek.daemon.audit_commands import AuditSource, audit_group
+from fedseek.daemon.console import run as run_program
+from fedseek.daemon.process import start_log, stop_on_signals
+from fedseek.errors import ReleaseRefused, exit_code_of
+from fedseek.plan import load_plan
+from fedseek_server.consortium import AUDIT, COORDINATOR
+from fedseek_server.consortium_files import ConsortiumFiles, read_about
+from fedseek_server.enrol_commands import admit, init, keys, revoke, roster
+from fedseek_server.orders import OPEN_STATES, RunFolder, Status, all_runs, run_folder, submit
+
+FOLLOW_SECONDS = 1.0
+
+folder_option = click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path("consortium"),
+    show_default=True,
+    help="The consortium's folder.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON line on standard output.")
+
+
+@click.group(epilog="Example: fedseek-server init --name 华东联合 --host fl.example.org")
+@click.version_option(package_name="fedseek")
+def cli() -> None:
+    """The coordinator of a consortium: it adds what it cannot read."""
+
+
+@cli.command(epilog="Example: fedseek-server serve --folder /var/lib/fedseek/consortium")
+@folder_option
+@passphrase_option
+@click.option("-v", "--verbose", is_flag=True, help="Log more.")
+def serve(folder: Path, passphrase_file: Path | None, verbose: bool) -> None:
+    """Serve until SIGTERM: sites over TLS, runs one after another."""
+    os.umask(0o077)  # what the daemon writes is its account's alone
+    stop = stop_on_signals()  # before the import below, which takes seconds
+    start_log(verbose=verbose)
+    from fedseek_server.daemon import run_daemon
+
+    run_daemon(folder, stop, passphrase=read_passphrase(passphrase_file))
+
+
+@cli.command(epilog="Example: fedseek-server run plan.toml --wait 3600 --follow")
+@click.argument("plan", type=click.Path(path_type=Path))
+@folder_option
+@click.option("--name", help="Of the run; by default the plan's name and the time.")
+@click.option(
+    "--wait",
+    "wait_seconds",
+    type=click.FloatRange(0, 30 * 86_400),
+    default=86_400.0,
+    show_default=True,
+    help="Seconds to wait until every site is ready; then it begins with those that are.",
+)
+@click.option(
+    "--continues", help="Take up this run of a coordinator that lost its disk, from what its sites last had in common."
+)
+@click.option("--follow", is_flag=True, help="Stay and show how far it is.")
+@json_option
+def run(
+    plan: Path, folder: Path, name: str | None, wait_seconds: float, continues: str | None, follow: bool, as_json: bool
+) -> None:
+    """Ask for a run of PLAN. The daemon announces it to the sites and begins when they are ready."""
+    checked = load_plan(plan)
+    read_about(folder)  # in another folder nobody would ever look for it
+    made = submit(folder, checked, wait_seconds=wait_seconds, run=name, continues=continues)
+    if as_json:
+        click.echo(json.dumps({"run": made.path.name, "plan_digest": checked.digest}))
+    else:
+        click.echo(f"run {made.path.name}")
+        click.echo(f"plan digest {checked.digest}: what people at the sites approve")
+    if follow:
+        sys.exit(_follow(made))
+
+
+@cli.command(epilog="Example: fedseek-server status demo-20261122-180000 --json")
+@click.argument("name", required=False)
+@folder_option
+@json_option
+def status(name: str | None, folder: Path, as_json: bool) -> None:
+    """How far a run is (NAME or its beginning), or every run."""
+    found = [run_folder(folder, name)] if name else all_runs(folder)
+    told = [each.status() for each in found]
+    if as_json:
+        click.echo(msgspec.json.encode(told[0] if name else told).decode())
+        return
+    if name:
+        _show(told[0])
+        return
+    table = Table("run", "state", "round", "since")
+    for each in told:
+        table.add_row(each.run, each.state, f"{each.round} of {each.rounds}", _ago(each.updated_at))
+    Console().print(table)
+
+
+@cli.command(epilog="Example: fedseek-server stop demo-20261122-180000")
+@click.argument("name")
+@folder_option
+def stop(name: str, folder: Path) -> None:
+    """End the run NAME. What sites spent stays spent; nothing is released."""
+    found = run_folder(folder, name)
+    found.ask_to_stop()
+    click.echo(f"run {found.path.name} ends within seconds if the daemon runs, else at its next start")
+
+
+@cli.command(epilog="Example: fedseek-server release demo-20261122-180000 --out ./adapter")
+@click.argument("name")
+@folder_option
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A new folder.")
+def release(name: str, folder: Path, out: Path) -> None:
+    """Copy the adapter that all sites of run NAME approved, with their signed statements, to --out."""
+    found = run_folder(folder, name)
+    told = found.status()
+    if told.state != "released":
+        raise ReleaseRefused(
+            f"run {found.path.name} is {told.state}{': ' + told.text if told.text else ''}",
+            hint="an adapter leaves only when every site in it has approved",
+        )
+    if out.exists():
+        raise click.BadParameter(f"{out} exists; wanted a new folder", param_hint="--out")
+    shutil.copytree(found.release, out)
+    click.echo(f"adapter and statements in {out}")
+
+
+def _follow(folder: RunFolder) -> int:
+    """Print a line whenever something changes, until the run is over; returns the exit code."""
+    before = None
+    while True:
+        told = folder.status()
+        line = _line(told)
+        if line != before:
+            click.echo(line)
+            before = line
+        if told.state not in OPEN_STATES:
+            return 0 if told.state == "released" else exit_code_of(told.code)
+        time.sleep(FOLLOW_SECONDS)
+
+
+def _line(told: Status) -> str:
+    if told.state == "waiting":
+        return "waiting: " + "; ".join(f"{site}: {word}" for site, word in sorted(told.sites.items()))
+    if told.state == "running":
+        return f"running: {told.phase or 'begins'}, round {told.round} of {told.rounds}"
+    return f"{told.state}{': ' + told.text if told.text else ''}{chr(10) + '  hint: ' + told.hint if told.hint else ''}"
+
+
+def _show(told: Status) -> None:
+    click.echo(f"run {told.run}, {_ago(told.updated_at)}")
+    click.echo(_line(told))
+
+
+def _ago(at: float) -> str:
+    return "not begun" if not at else f"{max(time.time() - at, 0):,.0f} s ago"
+
+
+def _audit_source(folder: Path) -> AuditSource:
+    about = read_about(folder)
+    roster = ConsortiumFiles(folder, about.name, about.authority).signed_roster()
+    others = {member.entry.name: member.entry.signing_key for member in roster.members}
+    return AuditSource(folder / AUDIT, COORDINATOR, about.coordinator_key, others)
+
+
+for command in (init, admit, revoke, roster, keys):
+    cli.add_command(command)
+cli.add_command(audit_group(_audit_source, program="fedseek-server", folder=Path("consortium")))
+
+
+def main() -> None:
+    """Run the command."""
+    run_program(cli, "fedseek-server")
+
+
+if __name__ == "__main__":
+    main()
