@@ -1,5 +1,6 @@
 # make demo    two banks and two hospitals on this machine, from a bare clone
 # make test    the whole test suite, linter and type checker included
+# make soak    daemons killed in every phase, cut networks, keys renewed: an hour; before a release
 # make lint    only the linter, the formatter and the type checker; mends what can be mended
 # make clean   removes the environment and every cache
 
@@ -10,7 +11,7 @@ PIP := $(VENV)/bin/python -m pip
 INSTALL := $(PIP) install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test soak lint clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -20,6 +21,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+soak: $(VENV)/.installed-dev
+	FEDSEEK_KILLS=5 FEDSEEK_RANDOM_KILLS=50 $(VENV)/bin/python -m pytest -m soak
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .

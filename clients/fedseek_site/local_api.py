@@ -57,7 +57,7 @@ class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class PlanAsked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which plan: the first hexadecimal digits of its digest, 12 or more."""
 
-    plan: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{12,64}$")]
+    plan: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{12,64}\Z")]
 
 
 class Withdrawal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

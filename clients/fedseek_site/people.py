@@ -38,7 +38,7 @@ MAX_CLOCK_SKEW: Final = 300  # seconds that an officer's clock may be ahead of t
 _LAST_SECOND: Final = 253_402_300_799  # of the year 9999
 _ENCRYPTED_HEAD: Final = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"
 
-PlanDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+PlanDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Signature = Annotated[bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 
 

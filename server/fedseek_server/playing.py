@@ -219,7 +219,7 @@ def _auditable(event: Event) -> dict[str, Any]:
     """What goes into the audit record of an event. Flower's node numbers are larger than a number of JSON may be."""
     told = {key: value for key, value in event.items() if key not in ("event", "seconds") and value is not None}
     texts = {key: str(value)[:MAX_TEXT] for key, value in told.items() if isinstance(value, str) or key == "node"}
- texts|    return told| texts
+    return told | texts
 
 
 def _end(network: Network, folder: RunFolder, **told: Any) -> None:

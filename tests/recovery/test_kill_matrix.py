@@ -2,7 +2,7 @@
 
 ``FEDSEEK_KILLS`` says how often each, ``FEDSEEK_RANDOM_KILLS`` how many more at any moment; before a release 5 and 50:
 
-    FEDSEEK_KILLS=5 FEDSEEK_RANDOM_KILLS=50 pytest -m slow tests/recovery
+    FEDSEEK_KILLS=5 FEDSEEK_RANDOM_KILLS=50 pytest -m soak tests/recovery
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def test_a_run_comes_through_one_kill_of_each_process(write_tiny_scenario, scrat
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(6 * 3600)
 def test_every_process_is_killed_in_every_phase(write_tiny_scenario, scratch, tmp_path):
     with under_fire(scratch, tmp_path / "runs", private(write_tiny_scenario, rounds=2), seed=2) as fire:
@@ -58,6 +59,7 @@ def test_every_process_is_killed_in_every_phase(write_tiny_scenario, scratch, tm
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(6 * 3600)
 def test_kills_at_any_moment(write_tiny_scenario, scratch, tmp_path):
     with under_fire(scratch, tmp_path / "runs", private(write_tiny_scenario, rounds=6), seed=3) as fire:

@@ -16,7 +16,7 @@ from fedseek.daemon.reports import read_events
 from fedseek_server.orders import OPEN_STATES
 from simulations.daemons import is_alive
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.soak]
 
 DEADLINE = 12  # seconds
 NAMES = ["北岸银行", "harbour-bank", "仁济医院", "st-anna"]

@@ -44,6 +44,7 @@ def roster_number(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_one_site_goes_and_another_comes_while_the_others_serve(write_tiny_scenario, scratch, tmp_path):
     scenario = write_tiny_scenario(private=True, training={"rounds": 1}, cohort={"deadline_seconds": 600})
     with under_fire(scratch, tmp_path / "runs", scenario, seed=8) as fire:
@@ -81,6 +82,7 @@ def test_one_site_goes_and_another_comes_while_the_others_serve(write_tiny_scena
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_sites_renew_their_keys_by_themselves_and_a_run_goes_on_with_the_new_ones(
     write_tiny_scenario, scratch, tmp_path, monkeypatch
 ):

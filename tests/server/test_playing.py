@@ -3,144 +3,26 @@
 import json
 import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from enrolled import public_bytes, signed_roster
+from enrolled import signed_roster
 from msgspec.structs import replace
-from played_sites import ANNA, BEIAN, FOUR, HARBOUR, RENJI, PlayedSite, played_plan
+from played_network import AUTHORITY, FIRST_NODE, READY, RUN, make_world, stand_in_release, until, words
+from played_sites import ANNA, BEIAN, FOUR, HARBOUR, RENJI
 
-from fedseek.daemon.audit import AuditChain
-from fedseek.daemon.audit_check import checked_lines
-from fedseek.daemon.parcels import ParcelUp, Verdict, decode_parcel_down, encode_parcel
+from fedseek.daemon.parcels import Verdict
 from fedseek.daemon.reports import read_events
 from fedseek.errors import JournalUnusable
-from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.signed_roster import make_signed_roster
-from fedseek.identity.signing import sign_with
-from fedseek.messages import Refused, decode_request, encode_message
+from fedseek.messages import Refused, encode_message
 from fedseek_server import playing
-from fedseek_server.consortium import COORDINATOR
-from fedseek_server.driver import Arrival, Driver
-from fedseek_server.mail import Mail
-from fedseek_server.orders import Status, submit
-from fedseek_server.playing import Network, Settled, play_run, wait_for_sites
+from fedseek_server.driver import Driver
+from fedseek_server.playing import Network, wait_for_sites
 from fedseek_server.run_log import RunLog
-
-FIRST_NODE = 0xF000_0000_0000_0001  # as large as Flower's: no number of JSON
-RUN = "run-1"
-READY = Verdict(status="ready")
-AUTHORITY = Ed25519PrivateKey.generate()
-OWN = Ed25519PrivateKey.generate()
 
 
 class Killed(BaseException):
     """Stands for kill -9: nothing catches it."""
-
-
-@dataclass
-class Link:
-    """Carries parcels to played sites and back at once. ``say`` is what a site answers to a notice, the nth time."""
-
-    mail: Mail
-    sites: dict[int, PlayedSite]
-    say: Callable[[str, int], Verdict] = lambda site, nth: READY
-    takes_roster: Callable[[str, int], bool] = lambda site, nth: True
-    message: Callable[[str, Any, bytes], bytes | None] = lambda site, request, answer: answer
-    here: set[int] = field(default_factory=set)
-    greetings: int = 0
-    asked: list[tuple[str, int, str]] = field(default_factory=list)
-    mailbox: dict[str, bytes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.here = set(self.sites)
-
-    def open(self) -> None:
-        self.mailbox.clear()
-
-    def close(self) -> None:
-        pass
-
-    def nodes(self) -> dict[int, str]:
-        return dict.fromkeys(self.here, "stamp")
-
-    def push(self, node: int, data: bytes, phase: str, number: int, *, lifetime: float) -> str:
-        name, message_id = self.sites[node].name, f"{node}/{phase}/{number}/{len(self.asked)}"
-        self.asked.append((phase, number, name))
-        answer = self._answer(name, self.sites[node], decode_parcel_down(data))
-        if answer is not None:
-            self.mailbox[message_id] = answer
-        return message_id
-
-    def _answer(self, name: str, site: PlayedSite, down: Any) -> bytes | None:
-        verdict, message = None, None
-        nth = sum(phase == "greet" and site == name for phase, _, site in self.asked)
-        if down.notice is not None:
-            verdict = self.say(name, nth)
-        if down.message is not None:
-            message = self.message(name, decode_request(down.message), site.handle(down.message))
-            if message is None:
-                return None
-        digest = self.mail.roster.digest() if self.takes_roster(name, nth) else bytes(32)
-        return encode_parcel(ParcelUp(site=name, message=message, roster_digest=digest, verdict=verdict))
-
-    def poll(self, message_ids: Any) -> list[Arrival]:
-        return [Arrival(each, None, False, each) for each in message_ids if each in self.mailbox]
-
-    def fetch(self, arrival: Arrival, *, limit: int) -> bytes | None:
-        return self.mailbox.pop(str(arrival.handle))
-
-    def discard(self, arrival: Arrival) -> None:
-        self.mailbox.pop(str(arrival.handle), None)
-
-
-@dataclass
-class World:
-    folder: Any
-    link: Link
-    network: Network
-    order: Any
-
-    def ask(self, wait: float = 60.0, **changes: Any) -> Any:
-        self.order = submit(self.folder, played_plan(**changes.pop("plan", {})), wait_seconds=wait, run=RUN, **changes)
-        return self.order
-
-    def play(self) -> Status:
-        play_run(self.network, self.order)
-        return self.order.status()
-
-    @contextmanager
-    def playing(self):
-        """In a thread, as the stop comes from another one."""
-        thread = threading.Thread(target=play_run, args=(self.network, self.order))
-        thread.start()
-        try:
-            yield
-        finally:
-            thread.join(timeout=10)
-            assert not thread.is_alive()
-
-    def lines(self, kind: str) -> list[dict[str, Any]]:
-        lines = checked_lines(self.folder / COORDINATOR, public_key=public_bytes(OWN), name=COORDINATOR)
-        return [line.detail for line in lines if line.kind == kind]
-
-
-def until(what: Callable[[], Any], seconds: float = 10.0) -> Any:
-    limit = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < limit, "still not"
-        time.sleep(0.005)
-    return found
-
-
-def stand_in_release(coordinator: Any, folder: Any) -> None:
-    folder.mkdir()
-    (folder / "signed by").write_text(json.dumps(sorted(coordinator.approvals)), "utf-8")
 
 
 @pytest.fixture
@@ -148,22 +30,9 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(playing, "write_release", stand_in_release)
     monkeypatch.setattr(playing, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr("fedseek_server.driver.SHORTEST_TICK", 0.001)
-    identities = [SiteIdentity.generate(*site) for site in FOUR]
-    sites = {FIRST_NODE + place: PlayedSite(identity) for place, identity in enumerate(identities)}
-    names = {node: site.name for node, site in sites.items()}
-    audit = AuditChain(
-        tmp_path / COORDINATOR, name=COORDINATOR, sign=partial(sign_with, OWN), public_key=public_bytes(OWN)
-    )
-    roster = signed_roster(AUTHORITY, *sorted(identities, key=lambda each: each.name), at=int(time.time()))
-    mail = Mail(roster, names.get, audit)
-    link = Link(mail, sites)
-    network = Network(link, mail, 1 << 20, 0.0, threading.Event())
-    yield World(tmp_path, link, network, None)
-    audit.close()
-
-
-def words(world) -> dict[str, str]:
-    return world.order.status().sites
+    made = make_world(tmp_path)
+    yield made
+    made.network.mail.audit.close()
 
 
 # to the end
@@ -451,70 +320,3 @@ def test_a_site_that_does_not_answer_is_recorded_as_a_dropout(world, monkeypatch
     world.ask()
     assert world.play().state == "released"
     assert [(each["site"], each["phase"], each["round"]) for each in world.lines("dropout")] == [(ANNA, "round", 1)]
-
-
-# settling
-
-
-class Clock(threading.Event):
-    """Time passes only when somebody waits."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = 100.0
-
-    def wait(self, timeout=None):
-        self.now += timeout or 0.0
-        return self.is_set()
-
-
-@dataclass
-class Looks:
-    """A run that only looks who is there, as often as it is told to."""
-
-    last_nodes: tuple[int, ...]
-    times: int = 1
-    seen: list[list[int]] = field(default_factory=list)
-
-    def play(self, nodes):
-        for _ in range(self.times):
-            self.seen.append(list(nodes()))
-            yield None
-
-
-def settle(monkeypatch, nodes, *, last, seconds=20.0, times=1):
-    clock, inner = Clock(), Looks(last, times)
-    monkeypatch.setattr(playing.time, "monotonic", lambda: clock.now)
-    list(Settled(inner, seconds, clock).play(lambda: nodes(clock.now - 100.0)))
-    return inner.seen, clock.now - 100.0
-
-
-def test_a_node_that_was_there_a_moment_ago_is_waited_for(monkeypatch):
-    seen, took = settle(monkeypatch, lambda now: [2, 1] if now > 3 else [2], last=(1, 2))
-    assert seen == [[1, 2]]
-    assert 3 < took < 4
-
-
-def test_it_is_not_waited_for_for_ever_and_not_once_more(monkeypatch):
-    seen, took = settle(monkeypatch, lambda now: [2], last=(1, 2), times=3)
-    assert seen == [[2]] * 3
-    assert 20 < took < 21
-
-
-def test_who_is_new_is_not_waited_for_but_is_there(monkeypatch):
-    seen, took = settle(monkeypatch, lambda now: [3, 1], last=(1,))
-    assert (seen, took) == ([[1, 3]], 0.0)
-
-
-def test_a_node_that_goes_between_two_looks_is_waited_for_too(monkeypatch):
-    gone = iter([[1, 2], [1], [1], [1, 2]])
-    seen, took = settle(monkeypatch, lambda now: next(gone), last=(), times=2)
-    assert seen == [[1, 2], [1, 2]]
-    assert 0 < took < 1
-
-
-def test_a_stop_ends_the_waiting():
-    stop = threading.Event()
-    stop.set()
-    with pytest.raises(playing.Stopped):
-        list(Settled(Looks((1,)), 60.0, stop).play(list))

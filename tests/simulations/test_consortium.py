@@ -29,9 +29,9 @@ from simulations.scenario import read_site_data as read_scenario_data
 from simulations.summary import Summary
 
 NAMES = ["北岸银行", "harbour-bank", "仁济医院", "st-anna"]
-# Nats. Two simulations differ by 0.02: the order of a batch is drawn anew, and where a gradient is almost zero Adam makes a
-# whole step of what is left of it by rounding. Training takes 0.14 off every site's loss.
-LOSS_TOLERANCE = 0.06
+# Nats, by kind; training takes 0.14 and more off every loss. Two simulations differ as much: the order of a batch is drawn
+# anew, and where a gradient is almost zero, as the hospitals' is, Adam makes whole steps of what rounding leaves of it.
+LOSS_TOLERANCE = {"bank": 0.002, "hospital": 0.12}
 
 
 @pytest.fixture
@@ -183,10 +183,12 @@ def check_agreement(real, simulated):
     assert real.totals.plain_float32_bytes == simulated.totals.plain_float32_bytes
     assert real.release.trainable_values == simulated.release.trainable_values
     assert real.release.guards_passed == simulated.release.guards_passed
+    kinds = {site.name: site.kind for site in real.sites}
     for ours, theirs in zip(real.rounds, simulated.rounds, strict=True):
         for site, other in zip(ours.sites, theirs.sites, strict=True):
             assert (site.site, site.metric, site.epsilon) == (other.site, other.metric, other.epsilon)
-            assert site.loss == pytest.approx(other.loss, abs=1e-6 if ours.round == 0 else LOSS_TOLERANCE)
+            tolerance = LOSS_TOLERANCE[kinds[site.site]] if ours.round else 1e-6
+            assert site.loss == pytest.approx(other.loss, abs=tolerance)
             assert site.bytes_up == pytest.approx(other.bytes_up, rel=0.01)  # the same ciphertexts, of other randomness
     for first, final in zip(real.rounds[0].sites, real.final.sites, strict=True):
         assert final.loss < first.loss - 0.1
