@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedseek.daemon.reports import Event
+from fedseek.errors import PlanRefused
 from simulations.events import EventTail, coordinator_log, site_log
 from simulations.scenario import Scenario
 
@@ -70,7 +71,11 @@ class RunDisplay:
 def follow(
     is_going: Callable[[], bool], folder: Path, scenario: Scenario, console: Console, *, coordinator: Path | None = None
 ) -> None:
-    """Show the run while it is going on; ``coordinator`` is that party's report, where it is not in the run folder yet."""
+    """Show the run while it is going on; ``coordinator`` is that party's report, where it is not in the run folder yet.
+
+    Raises:
+        PlanRefused: a site stays out of the run. Others could go on without it, but a scenario is all of its sites.
+    """
     display = RunDisplay(scenario, console)
     tails = {site.name: EventTail(site_log(folder, site.name)) for site in scenario.spec.sites}
     told = EventTail(coordinator or coordinator_log(folder))
@@ -79,6 +84,8 @@ def follow(
         while running:
             running = is_going()
             for event in told.read_new():
+                if event["event"] == "declined" and event["code"] == PlanRefused.__name__:
+                    raise PlanRefused(event["site"], event["rule"], hint="the site's own log says more")
                 display.coordinator_event(event)
             for site, tail in tails.items():
                 for event in tail.read_new():

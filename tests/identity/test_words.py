@@ -71,6 +71,7 @@ def test_how_it_is_written_does_not_matter(change):
         " " * 2000 + words_of(ENTRY),
         "\uff10" * 64,
     ],
+    ids=range(11),
 )
 def test_what_is_no_fingerprint_is_refused(text):
     with pytest.raises(Malformed, match="wanted 16 words"):

@@ -90,7 +90,9 @@ def test_nobody_is_admitted_who_was_not_compared(here, answers):
     assert not list(here.glob("*join*"))
 
 
-@pytest.mark.parametrize("given", [WORDS, WORDS.upper().replace("-", " "), BANK.public().fingerprint()])
+@pytest.mark.parametrize(
+    "given", [WORDS, WORDS.upper().replace("-", " "), BANK.public().fingerprint()], ids=["words", "shouted", "hex"]
+)
 def test_a_fingerprint_that_is_given_is_compared_by_the_program(here, given):
     made()
     ok(admit, "request.json", "--fingerprint", given, "--out", "加入.json")

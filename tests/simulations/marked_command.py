@@ -15,11 +15,14 @@ MARK = "FEDSEEK_TEST_MARK"
 
 
 class Command:
-    """One ``fedseek`` process; everything it starts inherits a mark in its environment, by which it is found."""
+    """One ``fedseek`` process; everything it starts inherits a mark in its environment, by which it is found.
+
+    A daemon gives its own child a fresh environment, without the mark; the folder for temporary files is the same.
+    """
 
     def __init__(self, arguments, scratch):
-        self.mark = uuid.uuid4().hex
-        environment = {**os.environ, MARK: self.mark, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
+        self.mark, self.scratch = uuid.uuid4().hex, str(scratch)
+        environment = {**os.environ, MARK: self.mark, "TMPDIR": self.scratch, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [Path(sys.executable).with_name("fedseek"), *map(str, arguments)],
             stdin=subprocess.DEVNULL,
@@ -40,7 +43,9 @@ class Command:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                environment = process.environ()
+                is_ours = environment.get(MARK) == self.mark or environment.get("TMPDIR") == self.scratch
+                if is_ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(" ".join(process.cmdline())[:120])
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue

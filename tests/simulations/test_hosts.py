@@ -43,7 +43,9 @@ def test_a_host_answers_for_the_site_of_an_index_as_the_courier_counts(run_folde
     for host in hosts:
         host.trust(roster.canonical_bytes())
     offer = encode_message(
-        PlanOffer(run="r", round=1, plan=plan.canonical(), roster=roster.canonical_bytes(), make_key=False, continues=None)
+        PlanOffer(
+            run="r", round=1, plan=plan.canonical(), roster=roster.canonical_bytes(), make_key=False, continues=None
+        )
     )
     for index, name in enumerate(NAMES):
         reply = decode_reply(hosts[index % 2].handle(index, offer))

@@ -270,7 +270,9 @@ def test_it_runs_under_another_account_that_reaches_nothing_of_the_site_but_the_
         ca.chmod(0o644)
         own = dataclasses.replace(settings, state=folder / "courier", ca=ca, node_key=key, service=socket_path)
         command = [python_for_strangers(), *courier(own).command[1:]]
-        paths = [path for path in sys.path if path and Path(path).is_dir() and not Path(path).is_relative_to(Path.home())]
+        paths = [
+            path for path in sys.path if path and Path(path).is_dir() and not Path(path).is_relative_to(Path.home())
+        ]
         stop = serve(turned, socket_path, mode=0o660, group=STRANGER)
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(

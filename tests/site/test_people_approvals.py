@@ -306,7 +306,7 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from test_approvals import PLAN, make_plan, Approvals, Path
+from test_people_approvals import PLAN, make_plan, Approvals, Path
 from fedseek.identity.roster import parse_roster
 approvals = Approvals(Path(sys.argv[1]))
 roster = approvals.noticed()[0].roster
