@@ -24,6 +24,7 @@ from fedseek.daemon.console import run as run_program
 from fedseek.daemon.process import start_log, stop_on_signals
 from fedseek.errors import ReleaseRefused, exit_code_of
 from fedseek.plan import load_plan
+from fedseek_server.accepting import ask_to_accept
 from fedseek_server.consortium import AUDIT, COORDINATOR
 from fedseek_server.consortium_files import ConsortiumFiles, read_about
 from fedseek_server.enrol_commands import admit, init, keys, revoke, roster
@@ -161,7 +162,12 @@ def _line(told: Status) -> str:
     if told.state == "waiting":
         return "waiting: " + "; ".join(f"{site}: {word}" for site, word in sorted(told.sites.items()))
     if told.state == "running":
-        return f"running: {told.phase or 'begins'}, round {told.round} of {told.rounds}"
+        where = (
+            f"round {told.round} of {told.rounds}"
+            if told.round <= told.rounds
+            else f"all {told.rounds} rounds are done"
+        )
+        return f"running: {told.phase or 'begins'}, {where}"
     return f"{told.state}{': ' + told.text if told.text else ''}{chr(10) + '  hint: ' + told.hint if told.hint else ''}"
 
 
@@ -172,6 +178,16 @@ def _show(told: Status) -> None:
 
 def _ago(at: float) -> str:
     return "not begun" if not at else f"{max(time.time() - at, 0):,.0f} s ago"
+
+
+@cli.command("accept-record", epilog='Example: fedseek-server accept-record 仁济医院 --why "disk lost on 3 May"')
+@click.argument("name")
+@click.option("--why", required=True, help="Goes into the coordinator's own record.")
+@folder_option
+def accept_record(name: str, why: str, folder: Path) -> None:
+    """Let the audit record of the site NAME begin anew. Ask it first, over another channel, what became of the old one."""
+    ask_to_accept(folder, name, why)
+    click.echo(f"the record of {name!r} may begin anew, as soon as the daemon has read this")
 
 
 def _audit_source(folder: Path) -> AuditSource:

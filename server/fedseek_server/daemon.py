@@ -25,6 +25,7 @@ from fedseek.daemon.process import only_one
 from fedseek.daemon.supervise import supervise
 from fedseek.errors import FedseekError, NetworkError, Stopped, WrongKey
 from fedseek.identity.enrolment import parse_renewal
+from fedseek_server.accepting import accept_waiting
 from fedseek_server.config import CoordinatorConfig, load_config
 from fedseek_server.consortium import Consortium, open_consortium
 from fedseek_server.flower import FlowerLink
@@ -119,6 +120,7 @@ def _serve(daemon: Daemon) -> None:
             play_run(daemon.network(), run)
             continue  # look again: there may be another
         looked_at = changed
+        accept_waiting(daemon.folder, daemon.audit)
         if time.monotonic() >= daemon.greet_at:
             daemon.consortium.renew_certificate(time.time())
             greet(daemon)

@@ -22,7 +22,7 @@ from typing import Annotated, Final, Literal, TypeVar
 import msgspec
 
 from fedseek.errors import FedseekError, InvalidPlan, Malformed
-from fedseek.identity.secret_files import write_secret_file
+from fedseek.identity.secret_files import refusing, write_secret_file
 from fedseek.plan import Plan, plan_from_canonical
 
 RUNS: Final = "runs"
@@ -148,7 +148,8 @@ def submit(
     except msgspec.ValidationError as error:
         raise InvalidPlan([f"run {name!r}: {error}"], source="order") from None
     path, draft = folder / RUNS / name, folder / RUNS / f".{name}.{secrets.token_hex(4)}"
-    draft.mkdir(parents=True, mode=0o700)
+    with refusing(draft, "made"):
+        draft.mkdir(parents=True, mode=0o700)
     write_secret_file(draft / "plan.json", plan.canonical())
     write_secret_file(draft / "order.json", msgspec.json.encode(order))
     try:
