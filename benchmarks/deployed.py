@@ -102,7 +102,8 @@ def play(deployment: Deployment, *, on_phase: Callable[[str, int], None] = lambd
             raise TimeoutError(f"the run did not end: {status}")
         time.sleep(0.1)
     if status.state != "released":
-        raise RuntimeError(f"the run {status.state}: {status.text}\n{deployment.coordinator.tail()}")
+        logs = "\n".join(daemon.tail() for daemon in (deployment.coordinator, *deployment.sites))
+        raise RuntimeError(f"the run {status.state}: {status.text}\n{logs}")
     return list(read_events(run.report))
 
 

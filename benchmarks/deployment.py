@@ -37,7 +37,7 @@ Result = dict[str, Any]
 WANTED_RATIO = 1.0
 WANTED_IDLE_SHARE = 0.01
 WANTED_MEMORY_GROWTH = 1.1
-LARGE_VALUES = 75_000_000  # 13 bits each: about 200 MB under both locks
+LARGE_SITES, LARGE_VALUES, LARGE_BITS = 3, 26_000_000, 24  # one value a slot: about 200 MB under both locks
 SETTLE_SECONDS = 15.0  # before what is idle is measured
 
 
@@ -84,14 +84,15 @@ def timed_rounds(arguments: argparse.Namespace) -> tuple[list[float], Result]:
 
 
 def measure_large(arguments: argparse.Namespace) -> Iterator[Result]:
-    """Updates of 200 MB."""
+    """Updates of 200 MB, of the fewest sites that a plan allows: each takes several gigabytes."""
     values = arguments.values if arguments.quick else LARGE_VALUES
-    with deployed(**{**_size(arguments, rounds=1, max_sites=8), "values": values}) as deployment:
+    size = {**_size(arguments, rounds=1, max_sites=8), "sites": LARGE_SITES, "processes": LARGE_SITES}
+    with deployed(**{**size, "values": values, "bits": LARGE_BITS}) as deployment:
         events = play(deployment)
         largest = max(event["bytes_in"] for event in events if event["event"] == "reply")
         yield {
             "figure": "large",
-            "sites": arguments.sites,
+            "sites": LARGE_SITES,
             "values": values,
             "update_mb": round(largest / 1e6, 1),
             "phases_s": phase_seconds(events),
@@ -198,7 +199,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog="example: %(prog)s --only round --rounds 6 --json",
     )
     parser.add_argument("--only", choices=PARTS, action="append", help="this part, not all; may be given again")
-    parser.add_argument("--sites", type=int, default=4, help="sites, but for memory and cohort (default: %(default)s)")
+    parser.add_argument("--sites", type=int, default=4, help="sites of round and idle (default: %(default)s)")
     parser.add_argument("--values", type=int, default=2_200_000, help="of an update (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=6, help="of ours that are timed (default: %(default)s)")
     parser.add_argument("--plain-rounds", type=int, default=4, help="of plain Flower's (default: %(default)s)")

@@ -51,6 +51,8 @@ def apply_sums(
             learning_rate=plan.spec.training.server_learning_rate,
             momentum_factor=plan.spec.training.server_momentum,
         )
+        if not plan.spec.training.server_momentum:
+            momentum = held.momentum  # zeros, and never used: nothing that a site would have to keep
         applied[scope] = ScopeState(held.layout, weights, momentum, next_value_range(update, held.value_range))
     return applied
 

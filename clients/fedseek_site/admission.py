@@ -12,6 +12,9 @@ from fedseek.identity.roster import Roster, RosterEntry
 from fedseek.lora.source import check_model, locate_model
 from fedseek.plan import Plan
 from fedseek.records import Records
+from fedseek_site.journal import MAX_KEPT_BYTES
+
+ROOM_BESIDE_WEIGHTS = 50_000_000  # bytes of a state for plan, keys and shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,25 @@ def check_labels(plan: Plan, kind: str, data: SiteData) -> None:
     unknown = (set(data.train.labels) | set(data.held_back.labels)) - set(plan.spec.kinds[kind].labels)
     if unknown:
         raise InvalidPlan([f"kinds.{kind}: {len(unknown)} label(s) of this site's data are not in the plan"])
+
+
+def check_room(plan: Plan, num_values: int, *, me: str) -> None:
+    """A run whose state the journal could not keep would fail after its first round, when privacy was spent for it.
+
+    Raises:
+        PlanRefused: the adapter has too many values.
+    """
+    each = (
+        2 * (4 + 8) if plan.spec.training.server_momentum else 2 * 4
+    )  # bytes: the weights now, and before the last sum
+    most = (MAX_KEPT_BYTES - ROOM_BESIDE_WEIGHTS) // each
+    if num_values > most:
+        raise PlanRefused(
+            me,
+            f"the adapter has {num_values} values, a site keeps at most {most} of this plan",
+            hint="a smaller rank or fewer layers"
+            + ("; or no server momentum" if plan.spec.training.server_momentum else ""),
+        )
 
 
 def units_for(plan: Plan, kind: str, records: Records) -> Records:

@@ -24,7 +24,7 @@ from fedseek.messages import PlanOffer, encode_message
 from fedseek.plan import Plan, head_scope, plan_from_canonical
 from fedseek.prepare import prepare_layouts, prepare_model
 from fedseek.records import TokenisedRecords, tokenise
-from fedseek_site.admission import SiteData, check_admission, check_labels, check_roster, units_for
+from fedseek_site.admission import SiteData, check_admission, check_labels, check_room, check_roster, units_for
 from fedseek_site.state import SiteState
 from fedseek_site.weights import digests_of, start_scopes, to_values
 
@@ -122,12 +122,14 @@ def open_run(
     permit(offer.run, "plan", plan, roster)
     task, folder = plan.spec.kinds[identity.kind], locate_model(plan.spec.model.source)
     model = prepare_model(plan, identity.kind, load_base(folder))
+    layouts = prepare_layouts(identity.kind, model)
+    check_room(plan, sum(layout.num_values for layout in layouts.values()), me=identity.name)
     train_units = units_for(plan, identity.kind, data.train)
     return SiteRun(
         federation=Federation.of(offer.run, plan, roster),
         identity=identity,
         model=model,
-        layouts=prepare_layouts(identity.kind, model),
+        layouts=layouts,
         train_records=tokenise(train_units, folder, labels=task.labels, max_tokens=plan.spec.model.max_tokens),
         held_back=tokenise(data.held_back, folder, labels=task.labels, max_tokens=plan.spec.model.max_tokens),
         release_folder=release_folder,

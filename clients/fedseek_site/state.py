@@ -23,7 +23,7 @@ class ScopeValues(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     Attributes:
         weights: little-endian float32, 4 bytes a value.
-        momentum: little-endian float64, 8 bytes a value.
+        momentum: little-endian float64, 8 bytes a value; empty for zeros, as without server momentum.
         value_range: C of the quantiser.
     """
 
@@ -133,7 +133,7 @@ class SiteState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     stopped: bool = False
 
     def to_bytes(self) -> bytes:
-        """The state with all its secrets: to be sealed before it is stored. About 24 bytes a value."""
+        """The state with all its secrets: to be sealed before it is stored. 8 bytes a value, 24 with server momentum."""
         return msgspec.msgpack.encode(self)
 
     @classmethod

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fedseek.apply import ScopeState
-from fedseek.encode import Float32Vector, UpdateLayout, flatten, unflatten
+from fedseek.encode import Float32Vector, Float64Vector, UpdateLayout, flatten, unflatten
 from fedseek.errors import Malformed
 from fedseek.lora.model import AdapterModel, adapter_tensors, head_tensors, load_tensors
 from fedseek.plan import Plan
@@ -52,7 +52,7 @@ def to_values(scopes: Mapping[str, ScopeState]) -> dict[str, ScopeValues]:
     return {
         scope: ScopeValues(
             weights=held.weights.astype("<f4").tobytes(),
-            momentum=held.momentum.astype("<f8").tobytes(),
+            momentum=held.momentum.astype("<f8").tobytes() if held.momentum.any() else b"",
             value_range=held.value_range,
         )
         for scope, held in scopes.items()
@@ -65,7 +65,10 @@ def to_scopes(values: Mapping[str, ScopeValues], layouts: Mapping[str, UpdateLay
     Raises:
         Malformed: not the scopes or the numbers of values of the layouts.
     """
-    sizes = {scope: (len(held.weights) / 4, len(held.momentum) / 8) for scope, held in values.items()}
+    sizes = {
+        scope: (len(held.weights) / 4, len(held.momentum) / 8 if held.momentum else len(held.weights) / 4)
+        for scope, held in values.items()
+    }
     wanted = {scope: (layout.num_values, layout.num_values) for scope, layout in layouts.items()}
     if sizes != wanted:
         raise Malformed(f"stored weights: got (weights, momentum) of sizes {sizes}, wanted {wanted}")
@@ -73,8 +76,15 @@ def to_scopes(values: Mapping[str, ScopeValues], layouts: Mapping[str, UpdateLay
         scope: ScopeState(
             layouts[scope],
             np.frombuffer(held.weights, "<f4").astype(np.float32),  # a copy: torch wants arrays it may write to
-            np.frombuffer(held.momentum, "<f8").astype(np.float64),
+            _momentum_of(held),
             held.value_range,
         )
         for scope, held in values.items()
     }
+
+
+def _momentum_of(held: ScopeValues) -> Float64Vector:
+    """A vector of zeros is kept as no bytes at all."""
+    if not held.momentum:
+        return np.zeros(len(held.weights) // 4, np.float64)
+    return np.frombuffer(held.momentum, "<f8").astype(np.float64)

@@ -12,8 +12,10 @@ from msgspec.structs import replace
 from fedseek.apply import ScopeState
 from fedseek.deal import HeldShares, RoundSecrets
 from fedseek.encode import UpdateLayout
-from fedseek.errors import Malformed
+from fedseek.errors import Malformed, PlanRefused
 from fedseek.messages import RoundKeys
+from fedseek_site.admission import ROOM_BESIDE_WEIGHTS, check_room
+from fedseek_site.journal import MAX_KEPT_BYTES
 from fedseek_site.state import EarlierAdapter, RoundState, ScopeValues, SiteState
 from fedseek_site.weights import to_scopes, to_values
 
@@ -119,3 +121,22 @@ def test_stored_weights_that_do_not_fit_the_model_are_refused(what):
     }[what]
     with pytest.raises(Malformed, match="stored weights"):
         to_scopes(altered, {"global": LAYOUT})
+
+
+def test_without_server_momentum_a_state_keeps_the_weights_alone():
+    held = scope_state()
+    still = ScopeState(held.layout, held.weights, np.zeros_like(held.momentum), held.value_range)
+    values = to_values({"global": still})["global"]
+    assert values.momentum == b""
+    back = to_scopes({"global": values}, {"global": LAYOUT})["global"]
+    assert (back.momentum == still.momentum).all()
+    assert back.momentum.dtype == np.float64
+
+
+def test_a_plan_whose_state_the_journal_could_not_keep_is_refused_before_training(tiny_plan):
+    for momentum, each in ((0.0, 8), (0.9, 24)):
+        plan = tiny_plan(training={"server_momentum": momentum})
+        most = (MAX_KEPT_BYTES - ROOM_BESIDE_WEIGHTS) // each
+        check_room(plan, most, me="仁济医院")
+        with pytest.raises(PlanRefused, match=f"keeps at most {most}"):
+            check_room(plan, most + 1, me="仁济医院")
