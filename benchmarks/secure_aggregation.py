@@ -7,7 +7,7 @@ Example:
     python benchmarks/secure_aggregation.py --values 2200000 --sites 8 --bits 13 --dropouts 2
     python benchmarks/secure_aggregation.py --sites 4 --max-sites 64 --bits 8 --json
     python benchmarks/secure_aggregation.py --compare
-    python benchmarks/secure_aggregation.py --growth --dropout-fraction 0.05
+    python benchmarks/secure_aggregation.py --growth --values 200000 --dropout-fraction 0.05
 """
 
 from __future__ import annotations

@@ -106,7 +106,23 @@ COMMANDS = dict(commands(cli))
 
 
 def test_the_commands_are_these():
-    assert set(COMMANDS) == {(), ("plan",), ("plan", "check"), ("plan", "predict"), ("simulate",)}
+    assert set(COMMANDS) == {
+        (),
+        ("plan",),
+        ("plan", "check"),
+        ("plan", "predict"),
+        ("simulate",),
+        ("consortium",),
+        ("consortium", "up"),
+    }
+        (),
+        ("plan",),
+        ("plan", "check"),
+        ("plan", "predict"),
+        ("simulate",),
+        ("consortium",),
+        ("consortium", "up"),
+    }
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)

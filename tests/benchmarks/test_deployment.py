@@ -90,6 +90,7 @@ def test_sizes_that_make_no_sense_are_refused(options):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("part", ["memory", "idle", "cohort", "large"])
 def test_a_part_runs_and_leaves_nothing(part, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path.parent))  # short: sockets lie in it

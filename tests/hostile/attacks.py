@@ -348,7 +348,7 @@ def at(phase: str, number: int, site: str, alter: Callable[[bytes], bytes]) -> C
 
 def open_requests(cohort: Any) -> dict[str, bytes]:
     """By site, what the coordinator has asked last."""
-    asked = cohort.coordinator._open.requests
+    asked = cohort.coordinator._requests
     return {cohort.services[node].identity.name: data for node, data in asked.items()}
 
 
