@@ -115,14 +115,6 @@ def test_the_commands_are_these():
         ("consortium",),
         ("consortium", "up"),
     }
-        (),
-        ("plan",),
-        ("plan", "check"),
-        ("plan", "predict"),
-        ("simulate",),
-        ("consortium",),
-        ("consortium", "up"),
-    }
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
