@@ -5,13 +5,12 @@ are verified again, against the policy of the day, each time approvals are count
 was withdrawn, what was admitted, and whether the site is paused; so it belongs in the site's backups, and an older
 copy is not to be put back: it has forgotten what was spent.
 
-Durability is as in ``fedseek_site.journal``, for the reasons given there: rollback journal, ``synchronous=EXTRA``.
+Durability is that of ``fedseek.daemon.database``.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,9 +20,9 @@ from pathlib import Path
 from threading import RLock
 from typing import Final
 
-from fedseek.errors import CustodyError, InvalidPlan, JournalUnusable, NotNow, WrongKey, WrongRound
+from fedseek.daemon.database import begin_or_check, check_whole, connect, make_private_file, told_as_ours, transaction
+from fedseek.errors import InvalidPlan, NotNow, WrongKey, WrongRound
 from fedseek.identity.roster import Roster, parse_roster
-from fedseek.identity.secret_files import check_private
 from fedseek.plan import Plan, plan_from_canonical
 from fedseek_site.people import PlanApproval, check_approval, check_clock
 from fedseek_site.policy import Policy
@@ -32,6 +31,7 @@ MAX_NOTICED: Final = 64  # plans kept that nobody has approved and no run has us
 MIN_PREFIX: Final = 12  # hexadecimal digits of a digest that a person has to type
 
 _APPLICATION_ID: Final = 0x46534131  # "FSA1": tells this file from any other SQLite database
+_WHAT: Final = "approvals"
 _BUSY_SECONDS: Final = 10.0
 _SCHEMA: Final = (
     f"PRAGMA application_id = {_APPLICATION_ID}",
@@ -84,10 +84,10 @@ class Approvals:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._turn = RLock()
-        _make_file(path)
-        with _told_as_ours(path), ExitStack() as opened:
-            self._db = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-            opened.callback(self._db.close)
+        make_private_file(path, what=_WHAT)
+        with ExitStack() as opened:
+            with told_as_ours(path, what=_WHAT, hint=_hint):
+                self._db = connect(path, opened, patience=_BUSY_SECONDS)
             self._begin_or_check()
             opened.pop_all()
 
@@ -256,28 +256,17 @@ class Approvals:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All of the block or nothing of it."""
-        with self._turn, _told_as_ours(self._path):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+        with self._turn, told_as_ours(self._path, what=_WHAT, hint=_hint), transaction(self._db) as db:
+            yield db
 
     def _begin_or_check(self) -> None:
-        for pragma in ("journal_mode = DELETE", "synchronous = EXTRA", "fullfsync = ON", "temp_store = MEMORY"):
-            self._db.execute(f"PRAGMA {pragma}")
         with self._transaction() as db:
-            is_ours = db.execute("PRAGMA application_id").fetchone()[0]
-            if is_ours == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                for statement in _SCHEMA:
-                    db.execute(statement)
-            elif is_ours != _APPLICATION_ID:
-                raise JournalUnusable(f"{self._path} is a database, but not a site's approvals of version 1")
-            damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if damage != "ok":
-                raise sqlite3.DatabaseError(damage)
+            begin_or_check(db, self._path, _APPLICATION_ID, _SCHEMA, what="a site's approvals of version 1")
+            check_whole(db)
+
+
+def _hint(name: str) -> str:
+    return "nothing was changed; look at the disk, and keep the file as it is"
 
 
 _PLANS: Final = (
@@ -306,29 +295,3 @@ def _counts(approval: PlanApproval, policy: Policy, site: str) -> bool:
 def _begun(db: sqlite3.Connection, run: str) -> Begun | None:
     row = db.execute("SELECT plan, roster FROM runs WHERE run = ?", (run,)).fetchone()
     return None if row is None else Begun(*row)
-
-
-def _make_file(path: Path) -> None:
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            check_private(path, os.fstat(file))
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise CustodyError(f"approvals {path} cannot be opened: {error.strerror}") from error
-
-
-@contextmanager
-def _told_as_ours(path: Path) -> Iterator[None]:
-    """Tell an error of SQLite as one of ours."""
-    try:
-        yield
-    except sqlite3.ProgrammingError:  # a closed file: a mistake of the programmer
-        raise
-    except sqlite3.DatabaseError as error:
-        name = getattr(error, "sqlite_errorname", "damaged")
-        raise JournalUnusable(
-            f"approvals {path} cannot be used: {error} ({name})",
-            hint="nothing was changed; look at the disk, and keep the file as it is",
-        ) from error

@@ -8,13 +8,7 @@ The answer and the state that belongs to it go to the disk in one transaction, b
 crash at any moment a site has either not answered, or can repeat its answer to the byte; a second update, mask or share
 for the same step does not come into being.
 
-Durability. SQLite with a rollback journal and ``synchronous=EXTRA``. ``FULL`` alone does not sync the folder after the
-rollback journal is removed: a power failure could bring that file back and with it undo a step already answered
-(SQLite, "PRAGMA synchronous"). A write-ahead log with ``FULL`` would be as durable, but somebody who tidies the ``-wal``
-file away makes the site forget steps and nothing shows; here every committed step is in the one file. A ``-journal``
-file that a crash leaves must stay for the next start: without it the file is damaged (SQLite, "How To Corrupt An
-SQLite Database File", sections 1.3 and 1.4). The folder must be on a local disk: locks and syncs of network file
-systems cannot be relied on. An open journal is not to be used in a forked child.
+Durability is that of ``fedseek.daemon.database``. An open journal is not to be used in a forked child.
 
 What this cannot know: an older copy of the file, put back from a backup or a snapshot, has forgotten the steps since,
 and the site would do them a second time. While a run is on, never restore the file and never delete it.
@@ -22,9 +16,7 @@ and the site would do them a second time. While a run is on, never restore the f
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 import re
 import sqlite3
 import time
@@ -36,8 +28,8 @@ from threading import Lock
 from types import TracebackType
 from typing import Final, Self
 
-from fedseek.errors import CustodyError, JournalUnusable, TooLarge, WrongRound
-from fedseek.identity.secret_files import check_private
+from fedseek.daemon.database import begin_or_check, check_whole, connect, take_folder, told_as_ours, transaction
+from fedseek.errors import JournalUnusable, TooLarge, WrongRound
 from fedseek.identity.vault import StorageKey, open_at_rest, seal_at_rest
 
 JOURNAL_FILE: Final = "site.sqlite3"
@@ -124,8 +116,10 @@ class Journal:
         self._key = key
         self._turn = Lock()
         with ExitStack() as opened:
-            _make_files(folder, opened)
-            self._db = _connect(self._path, opened)
+            take_folder(folder, LOCK_FILE, JOURNAL_FILE, opened, what="journal", whose="process of this site")
+            with _told_as_ours(self._path):
+                # states hold the mask keys of their round: zeros in place of old ones
+                self._db = connect(self._path, opened, overwrites=True)
             self._begin_or_check()
             self._opened = opened.pop_all()
 
@@ -256,94 +250,32 @@ class Journal:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all of the block is kept when it ends, or nothing if it raises."""
-        with self._turn, _told_as_ours(self._path):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+        with self._turn, _told_as_ours(self._path), transaction(self._db) as db:
+            yield db
 
     def _begin_or_check(self) -> None:
         with self._transaction() as db:
-            (is_ours,) = db.execute("PRAGMA application_id").fetchone()
-            (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if not tables and not is_ours:
-                for statement in _SCHEMA:
-                    db.execute(statement)
+            if begin_or_check(db, self._path, _APPLICATION_ID, _SCHEMA, what="a site's journal of version 1"):
                 db.execute("INSERT INTO key_check VALUES (?)", (seal_at_rest(self._key, b"", purpose=_KEY_CHECK),))
-            elif is_ours != _APPLICATION_ID:
-                raise JournalUnusable(f"{self._path} is a database, but not a site's journal of version 1")
-            damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]  # reads the whole file
-            if damage != "ok":
-                raise sqlite3.DatabaseError(damage)
+            check_whole(db)
             (sealed,) = db.execute("SELECT sealed FROM key_check").fetchone()
         open_at_rest(self._key, sealed, purpose=_KEY_CHECK)
-
-
-def _make_files(folder: Path, opened: ExitStack) -> None:
-    """Take the lock, and see that the file exists, for its owner only.
-
-    The lock ends with ``opened``, or with the process and whatever it has forked.
-    """
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        opened.callback(os.close, lock)
-        # not on the database itself: closing any descriptor of that would drop SQLite's own locks
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file = os.open(folder / JOURNAL_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            check_private(folder / JOURNAL_FILE, os.fstat(file))
-        finally:
-            os.close(file)
-        folder_itself = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder_itself)
-        finally:
-            os.close(folder_itself)
-    except BlockingIOError:
-        raise JournalUnusable(
-            f"{folder} is in use by another process of this site; wanted it for this one alone",
-            hint="stop that process first; its lock ends with it",
-        ) from None
-    except OSError as error:
-        raise CustodyError(f"journal in {folder} cannot be opened: {error.strerror}") from error
-
-
-def _connect(path: Path, opened: ExitStack) -> sqlite3.Connection:
-    with _told_as_ours(path):
-        db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-        opened.callback(db.close)
-        for pragma in (
-            "journal_mode = DELETE",  # for both, see the head of this file
-            "synchronous = EXTRA",
-            "fullfsync = ON",  # macOS: fsync alone leaves the data in the disk's cache
-            "secure_delete = ON",  # states hold the mask keys of their round: zeros in place of old ones
-            "temp_store = MEMORY",
-        ):
-            db.execute(f"PRAGMA {pragma}")
-    return db
 
 
 @contextmanager
 def _told_as_ours(path: Path) -> Iterator[None]:
     """Tell an error of SQLite as one of ours."""
-    try:
-        yield
-    except sqlite3.ProgrammingError:  # a closed journal: a mistake of the programmer
-        raise
-    except sqlite3.DataError as error:
-        raise TooLarge(f"{path}: {error}; wanted at most {MAX_KEPT_BYTES} bytes") from error
-    except sqlite3.DatabaseError as error:
-        name = getattr(error, "sqlite_errorname", "damaged")
-        hint = (
-            "make room on the disk: the step was not recorded and is not answered"
-            if name == "SQLITE_FULL"
-            else "keep the file as it is and look at the disk; without the journal the site cannot go on with its runs"
-        )
-        raise JournalUnusable(f"journal {path} cannot be used: {error} ({name})", hint=hint) from error
+    with told_as_ours(path, what="journal", hint=_hint):
+        try:
+            yield
+        except sqlite3.DataError as error:
+            raise TooLarge(f"{path}: {error}; wanted at most {MAX_KEPT_BYTES} bytes") from error
+
+
+def _hint(name: str) -> str:
+    if name == "SQLITE_FULL":
+        return "make room on the disk: the step was not recorded and is not answered"
+    return "keep the file as it is and look at the disk; without the journal the site cannot go on with its runs"
 
 
 def _columns(step: Step) -> tuple[str, str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Final
 from fedseek.daemon.audit_lines import MAX_LINE_BYTES
 from fedseek.daemon.audit_reading import ANCHOR_FILE, segments
 from fedseek.errors import AuditBroken, CustodyError, JournalUnusable
-from fedseek.identity.secret_files import check_private, refusing, sync_folder, write_secret_file
+from fedseek.identity.secret_files import check_private, locked, refusing, sync_folder, write_secret_file
 
 LOCK_FILE: Final = "audit.lock"
 _TORN: Final = "torn-{stamp}.jsonl"
@@ -141,9 +140,7 @@ def _lock(folder: Path, opened: ExitStack) -> None:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         sync_folder(folder.parent)
-        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        opened.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        opened.enter_context(locked(folder / LOCK_FILE, wait=False))
     except BlockingIOError:
         raise JournalUnusable(
             f"audit record {folder} is being written by another process; wanted it for this one alone",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedseek.errors import AddressTaken, CustodyError
+from fedseek.identity.secret_files import locked
 
 LOCK_FILE = "daemon.lock"
 
@@ -25,20 +24,18 @@ def only_one(folder: Path) -> Iterator[None]:
         CustodyError: the folder does not exist, or this account may not write to it.
     """
     path = folder / LOCK_FILE
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise CustodyError(f"{path} cannot be opened: {error.strerror}", hint="is this the right folder?") from error
-    try:
+    with ExitStack() as held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(path, wait=False))
         except BlockingIOError:
             raise AddressTaken(
                 f"{folder}: a daemon is running here already", hint="stop it first, or use another folder"
             ) from None
+        except OSError as error:
+            raise CustodyError(
+                f"{path} cannot be opened: {error.strerror}", hint="is this the right folder?"
+            ) from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 def stop_on_signals() -> threading.Event:

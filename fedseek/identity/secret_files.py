@@ -139,6 +139,22 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a lock file for the block; the lock ends with the process, however that ends.
+
+    Raises:
+        BlockingIOError: another process has it, and ``wait`` is false.
+        OSError: the file cannot be opened.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Be the only process that changes the files of ``folder``, for the block; waits its turn.
 
@@ -147,10 +163,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         CustodyError: the folder does not exist, or may not be written to.
     """
-    with refusing(folder / LOCK_FILE, "opened"):
-        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        with refusing(folder / LOCK_FILE, "opened"):
+            held.enter_context(locked(folder / LOCK_FILE, wait=True))
         yield
-    finally:
-        os.close(lock)

@@ -7,18 +7,14 @@
 
 So what it grows by is the ends of rounds; of replies it holds those of one round.
 
-Durability. SQLite with a rollback journal and ``synchronous=EXTRA``: ``FULL``, and the folder is synchronised too when
-the rollback journal goes, without which a power failure may undo the last event (SQLite, "PRAGMA synchronous"). The
-folder must be on a local disk. Every row carries the SHA-256 of its bytes, so a disk that has altered one is found here
-and not by a site, which would take the sum for tampered with. Nothing in it opens a ciphertext; its owner alone may read
-it all the same.
+Durability is that of ``fedseek.daemon.database``. Every row carries the SHA-256 of its bytes, so a disk that has altered
+one is found here and not by a site, which would take the sum for tampered with. Nothing in it opens a ciphertext; its
+owner alone may read it all the same.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,8 +24,9 @@ from typing import Final, Literal, Self, TypeVar
 
 import msgspec
 
-from fedseek.errors import CustodyError, JournalUnusable
-from fedseek.identity.secret_files import check_private, sync_folder
+from fedseek.daemon.database import begin_or_check, connect, take_folder, told_as_ours, transaction
+from fedseek.errors import JournalUnusable
+from fedseek.identity.secret_files import refusing
 from fedseek.messages import AggregateDown, Continuation, Document, RunId
 
 LOG_FILE: Final = "run.sqlite3"
@@ -107,10 +104,15 @@ class RunLog:
         self._turn = Lock()
         self._ended: AggregateDown | None = None
         with ExitStack() as opened:
-            _make_files(folder, opened)
-            self._db = _connect(self._path, opened)
+            with refusing(folder.parent, "made"):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            take_folder(folder, LOCK_FILE, LOG_FILE, opened, what=_WHAT, whose="coordinator process")
+            with told_as_ours(self._path, what=_WHAT, hint=_hint):
+                self._db = connect(self._path, opened)
             with self._transaction() as db:
-                _begin_or_check(db, self._path)
+                begin_or_check(
+                    db, self._path, _APPLICATION_ID, _SCHEMA, what="a coordinator's record of a run, version 1"
+                )
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
@@ -226,16 +228,11 @@ class RunLog:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all of the block is kept when it ends, or nothing if it raises."""
-        with self._turn, _told_as_ours(self._path):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+        with self._turn, told_as_ours(self._path, what=_WHAT, hint=_hint), transaction(self._db) as db:
+            yield db
 
 
+_WHAT: Final = "record of a run"
 _DAMAGE_HINT = "look at the disk; sites can go on from their last common adapter in a new run (docs/protocol.md)"
 _HINTS: Mapping[str, str] = {
     "SQLITE_FULL": "make room on the disk and start again: nothing is lost, the run goes on from here",
@@ -258,61 +255,5 @@ def _add(db: sqlite3.Connection, event: Event) -> None:
     db.execute("INSERT INTO events (is_look, sha256, data) VALUES (?, ?, ?)", (is_look, _sha256(data), data))
 
 
-def _begin_or_check(db: sqlite3.Connection, path: Path) -> None:
-    (is_ours,) = db.execute("PRAGMA application_id").fetchone()
-    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if not tables and not is_ours:
-        for statement in _SCHEMA:
-            db.execute(statement)
-    elif is_ours != _APPLICATION_ID:
-        raise JournalUnusable(f"{path} is a database, but not a coordinator's record of a run, version 1")
-
-
-def _make_files(folder: Path, opened: ExitStack) -> None:
-    """Take the lock, and see that the file exists, for its owner only. The lock ends with ``opened``, or the process."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        opened.callback(os.close, lock)
-        # not on the database itself: closing any descriptor of that would drop SQLite's own locks
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file = os.open(folder / LOG_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            check_private(folder / LOG_FILE, os.fstat(file))
-        finally:
-            os.close(file)
-        sync_folder(folder)
-    except BlockingIOError:
-        raise JournalUnusable(
-            f"{folder} is in use by another coordinator process; wanted it for this one alone",
-            hint="stop that process first; its lock ends with it",
-        ) from None
-    except OSError as error:
-        raise CustodyError(f"record of a run in {folder} cannot be opened: {error.strerror}") from error
-
-
-def _connect(path: Path, opened: ExitStack) -> sqlite3.Connection:
-    with _told_as_ours(path):
-        db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-        opened.callback(db.close)
-        for pragma in (
-            "journal_mode = DELETE",
-            "synchronous = EXTRA",
-            "fullfsync = ON",  # macOS: fsync alone leaves the data in the disk's cache
-            "temp_store = MEMORY",
-        ):
-            db.execute(f"PRAGMA {pragma}")
-    return db
-
-
-@contextmanager
-def _told_as_ours(path: Path) -> Iterator[None]:
-    """Tell an error of SQLite as one of ours."""
-    try:
-        yield
-    except sqlite3.ProgrammingError:  # a closed record: a mistake of the programmer
-        raise
-    except sqlite3.DatabaseError as error:  # sqlite3.DataError, a row of more than 10**9 bytes, is one
-        name = getattr(error, "sqlite_errorname", "damaged")
-        hint = next((hint for prefix, hint in _HINTS.items() if name.startswith(prefix)), _DAMAGE_HINT)
-        raise JournalUnusable(f"record of a run {path} cannot be used: {error} ({name})", hint=hint) from error
+def _hint(name: str) -> str:
+    return next((hint for prefix, hint in _HINTS.items() if name.startswith(prefix)), _DAMAGE_HINT)
