@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
+from fedseek.daemon.settings import Settings
 from fedseek.errors import InvalidPlan, InvalidRecords, Malformed
 from fedseek.identity.roster import check_name
 from fedseek.plan import Plan, check_plan, describe_problems, parse_spec, read_toml
@@ -31,11 +32,7 @@ DATA_VARIABLE, SYNTHETIC_VARIABLE = "FEDSEEK_DATA", "SYNTHETIC"
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Part(_Table):
+class Part(Settings):
     """Share ``index`` of ``of`` equal shares; with ``alpha``, labels are skewed by Dirichlet(alpha)."""
 
     index: Annotated[int, Field(ge=0)]
@@ -43,7 +40,7 @@ class Part(_Table):
     alpha: Annotated[float, Field(gt=0)] | None = None
 
 
-class SiteSpec(_Table):
+class SiteSpec(Settings):
     """One simulated site."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -54,7 +51,7 @@ class SiteSpec(_Table):
     text: str = "text"
     label: str = "label"
     unit: str | None = None
-    where: dict[str, str] = {}
+    where: dict[str, str] = Field(default_factory=dict)
     """Keep only rows whose column has this value."""
     part: Part | None = None
     held_back_part: Part | None = None
@@ -64,7 +61,7 @@ class SiteSpec(_Table):
     """Rounds in which this site does not answer, to see how the others go on."""
 
 
-class SimulationSpec(_Table):
+class SimulationSpec(Settings):
     """How to run it; cannot change what the sites agreed to."""
 
     workers: Annotated[int, Field(ge=1, le=256)] = 2
@@ -76,14 +73,14 @@ class SimulationSpec(_Table):
     )
 
 
-class SyntheticSpec(_Table):
+class SyntheticSpec(Settings):
     """Make the demo's data: seeded text of two banks and two hospitals."""
 
     seed: Annotated[int, Field(ge=0)] = 0
     records_per_site: Annotated[int, Field(ge=50, le=100_000)] = 600
 
 
-class ScenarioSpec(_Table):
+class ScenarioSpec(Settings):
     """A scenario file."""
 
     simulation: SimulationSpec = SimulationSpec()

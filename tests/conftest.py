@@ -33,6 +33,12 @@ RUN = "试运行-1"
 Alter = Callable[[str, int, str, bytes], bytes]  # phase, round, site, message -> message
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As pytest's own, without the name of the test in it: a Unix socket's whole path must fit into 107 bytes."""
+    return tmp_path_factory.mktemp("t")
+
+
 def write_tiny_model(folder: Path, *, seed: int = 0) -> Path:
     """A BERT of two layers and 16 dimensions with random weights, in the files a real one comes in."""
     import torch

@@ -15,10 +15,7 @@ from fedseek.daemon.audit_commands import AuditSource, audit_group
 from fedseek.daemon.console import run
 from fedseek.daemon.process import start_log, stop_on_signals
 from fedseek_site import enrol_commands, people_commands
-
-folder_option = click.option(
-    "--folder", type=click.Path(path_type=Path), default=Path("site"), show_default=True, help="The site's folder."
-)
+from fedseek_site.enrol_commands import folder_option
 
 
 @click.group(epilog="Example: fedseek-site init --name 北岸银行 --kind bank")
@@ -72,9 +69,7 @@ def _audit_source(folder: Path) -> AuditSource:
     from fedseek_site.paths import Paths
 
     site = open_site(folder, passphrase=read_passphrase(None))
-    others = {member.entry.name: member.entry.signing_key for member in site.signed_roster.members}
-    others["coordinator"] = site.join.coordinator_key
-    return AuditSource(Paths(folder).audit, site.identity.name, site.identity.public().signing_key, others)
+    return AuditSource(Paths(folder).audit, site.identity.name, site.identity.public().signing_key, site.record_keys)
 
 
 for command in (*enrol_commands.COMMANDS, *people_commands.COMMANDS):

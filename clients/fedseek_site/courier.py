@@ -26,22 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from fedseek.daemon.bundle import bundle_digest, code_free_bundle
+from fedseek.daemon.bundle import FLOWER_ENVIRONMENT, bundle_digest, code_free_bundle
+from fedseek.daemon.process import check_socket_path
 from fedseek.daemon.supervise import Child, die_with_parent
-from fedseek.errors import AddressTaken, FedseekError, Unreachable
+from fedseek.errors import FedseekError, Unreachable
 from fedseek_site.gate import Credentials, Failure, load_authority, load_node_key
-from fedseek_site.socket_service import LONGEST_PATH, call
+from fedseek_site.socket_service import call
 
 AWAY_SECONDS: Final = 60.0  # that the site service may take to come back before the coordinator is told
 RETRY_SECONDS: Final = 0.5
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two knocks at the gate; doubled each time
-# Flower reads these when it is imported
-ENVIRONMENT: Final = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_LOG_LEVEL": "WARNING",
-}
 # glibc reads these when the process starts. Otherwise it keeps the freed pieces of a large message, in each thread's
 # own arena: 880 MB at most for a message of 200 MB each way, against 630 MB
 ALLOCATOR: Final = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "2"}
@@ -90,7 +84,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run_courier(settings: CourierSettings) -> NoReturn:
     """Be the courier, until SIGTERM or the end of the parent process. While the gate is shut, knock again and again."""
-    os.environ.update(ENVIRONMENT, FLWR_HOME=str(settings.state / "flower"))
+    os.environ.update(FLOWER_ENVIRONMENT, FLWR_HOME=str(settings.state / "flower"))
     die_with_parent()
     try:
         _run(settings)
@@ -142,8 +136,7 @@ def _private_socket(path: Path) -> socket.socket:
     Raises:
         AddressTaken: the path is too long for one.
     """
-    if len(os.fsencode(path)) > LONGEST_PATH:
-        raise AddressTaken(f"{path}: got {len(os.fsencode(path))} bytes, wanted at most {LONGEST_PATH} for a socket")
+    check_socket_path(path)
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))

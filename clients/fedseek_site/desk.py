@@ -15,11 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
 
 from fedseek.daemon.audit import AuditChain
 from fedseek.daemon.parcels import ParcelDown, ParcelUp, Verdict, decode_parcel_down, encode_parcel
-from fedseek.daemon.reports import Event, EventLog
+from fedseek.daemon.reports import Event, EventLog, auditable
 from fedseek.errors import AuditBroken, FedseekError, MessageError, PlanRefused, WrongKey
 from fedseek.identity.enrolment import parse_renewal
 from fedseek.identity.roster import Roster
@@ -30,7 +29,6 @@ from fedseek_site.enrol import SiteFolder, begin_renewal, finish_renewal, take_r
 from fedseek_site.permission import Permission
 from fedseek_site.service import SiteService
 
-COORDINATOR = "coordinator"  # what its audit record is called
 AUDITED = {  # what the service tells, and what it is called in the audit record
     "answered": "answered",
     "refused": "refused",
@@ -40,7 +38,6 @@ AUDITED = {  # what the service tells, and what it is called in the audit record
     "released": "released",
     "head-stays-home": "head-stays-home",
 }
-MAX_TEXT: Final = 2000  # characters of a text in the audit record, of whose lines none is longer than 64 KiB
 _log = logging.getLogger(__name__)
 
 
@@ -97,7 +94,7 @@ class Desk:
         def observe(event: Event) -> None:
             report.write(event)
             if (kind := AUDITED.get(event["event"])) is not None:
-                audit.record(kind, **_auditable(event))
+                audit.record(kind, **auditable(event))
 
         service = SiteService(
             site.identity,
@@ -149,13 +146,8 @@ class Desk:
             PlanRefused: no; names the rule.
             NotNow: later.
         """
-        expired = self.site.signed_roster.expired(self.clock())
-        if expired and phase == "plan":
-            raise PlanRefused(
-                self.site.identity.name,
-                f"roster: keys of {', '.join(expired)} have expired",
-                hint="the operator admits them anew, or revokes them",
-            )
+        if phase == "plan":
+            self._check_keys()
         self.permission.permit(run, phase, plan, roster)
 
     def _take_roster(self, offered: bytes) -> None:
@@ -182,8 +174,7 @@ class Desk:
 
     def _take_heads(self, parcel: ParcelDown) -> bytes | None:
         """Write down where the others' audit chains are; sign that this site has seen it."""
-        keys = {member.entry.name: member.entry.signing_key for member in self.site.signed_roster.members}
-        keys[COORDINATOR] = self.site.join.coordinator_key
+        keys = self.site.record_keys
         try:
             if parcel.countersignatures:
                 self.audit.note_countersignatures(parcel.seen, parcel.countersignatures, keys)
@@ -196,11 +187,7 @@ class Desk:
         try:
             self.audit.note_heads(parcel.heads, keys)
             return self.audit.countersign(parcel.heads)
-        except (
-            AuditBroken,
-            WrongKey,
-            MessageError,
-        ) as error:  # a contradiction is in the record already, with both heads
+        except (AuditBroken, WrongKey, MessageError) as error:  # a contradiction is in the record, with both heads
             _log.error("audit heads refused: %s", error)
             return None
 
@@ -208,12 +195,21 @@ class Desk:
         """What this site will say to a plan, told before the run, so that people can be asked in time."""
         try:
             plan = plan_from_canonical(notice)
-            if expired := self.site.signed_roster.expired(self.clock()):
-                return Verdict(status="refused", rule=f"roster: keys of {', '.join(expired)} have expired"[:200])
+            self._check_keys()
             status, rule = self.permission.notice(plan, self.site.signed_roster.roster, run=run)
+        except PlanRefused as error:
+            status, rule = "refused", error.rule
         except FedseekError as error:
             status, rule = "refused", f"the plan cannot be used here ({error.code})"
         return Verdict(status=status, rule=rule[:200])
+
+    def _check_keys(self) -> None:
+        if expired := self.site.signed_roster.expired(self.clock()):
+            raise PlanRefused(
+                self.site.identity.name,
+                f"roster: keys of {', '.join(expired)} have expired",
+                hint="the operator admits them anew, or revokes them",
+            )
 
     def _renewal(self) -> bytes | None:
         """New keys for this site, signed with the old ones, when those have a third of their life left."""
@@ -223,9 +219,3 @@ class Desk:
         renewal = begin_renewal(self.site, now=self.clock())
         self.audit.announce_key(parse_renewal(renewal).request.entry.signing_key)  # the record goes on under either
         return renewal
-
-
-def _auditable(event: Event) -> dict[str, Any]:
-    """What goes into the audit record of an event. A text may quote what the coordinator sent: it must fit a line."""
-    told = {key: value for key, value in event.items() if key not in ("event", "seconds") and value is not None}
-    return {key: value[:MAX_TEXT] if isinstance(value, str) else value for key, value in told.items()}

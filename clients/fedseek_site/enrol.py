@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
+from fedseek.daemon.audit_lines import COORDINATOR
 from fedseek.errors import CustodyError, Expired, Malformed, WrongKey
 from fedseek.identity.authority import certificate_days_left, certificate_days_old
 from fedseek.identity.enrolment import (
@@ -104,6 +105,11 @@ class SiteFolder(JoinedFolder):
     def member(self) -> Member | None:
         """This site on the roster, with its present keys; None once it was taken off."""
         return self.signed_roster.member(self.identity.name) if _lists(self.signed_roster, self.identity) else None
+
+    @property
+    def record_keys(self) -> dict[str, bytes]:
+        """By name, the key that signs the audit record of each site and of the coordinator."""
+        return {**self.signed_roster.signing_keys, COORDINATOR: self.join.coordinator_key}
 
     @property
     def trusted(self) -> Roster | None:

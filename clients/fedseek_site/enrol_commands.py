@@ -9,6 +9,7 @@ import click
 
 from fedseek.daemon.asking import (
     fingerprint_option,
+    json_option,
     passphrase_option,
     read_passphrase,
     require_compared,
@@ -71,7 +72,7 @@ def join(file: Path, folder: Path, fingerprint: str | None, passphrase_file: Pat
 
 @click.command(epilog="Example: fedseek-site keys --json")
 @folder_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON line on standard output.")
+@json_option
 @passphrase_option
 def keys(folder: Path, as_json: bool, passphrase_file: Path | None) -> None:
     """How old this site's keys are, and how long they are good for. The daemon renews them."""

@@ -31,7 +31,7 @@ from fedseek.errors import FedseekError, InvalidConfig, LocalRefused, Malformed,
 from fedseek.identity.roster import MAX_NAME_CHARS
 from fedseek_site.people import PlanApproval, PlanDigest
 from fedseek_site.permission import Record
-from fedseek_site.socket_service import _address, _bind, _free
+from fedseek_site.socket_service import bind_private, free_place, grpc_address
 
 Role = Literal["operator", "steward", "officer"]
 Json = Mapping[str, Any]
@@ -180,7 +180,7 @@ def ask(
     """
     path = socket_path(run_folder, role)
     body = _Question(version=VERSION, json=msgspec.json.encode(question or Nothing())).SerializeToString()
-    with grpc.insecure_channel(_address(path), options=_options(MAX_ANSWER_BYTES)) as channel:
+    with grpc.insecure_channel(grpc_address(path), options=_options(MAX_ANSWER_BYTES)) as channel:
         try:
             data = channel.unary_unary(f"/{SERVICE}/{rpc_name(method)}")(body, timeout=timeout)
         except grpc.RpcError as error:
@@ -278,7 +278,7 @@ class _Bound:
 
 
 def _made(counter: _Counter, path: Path) -> _Bound:
-    _free(path)
+    free_place(path)
     threads = ThreadPoolExecutor(max_workers=MOST_CALLS, thread_name_prefix=path.stem)
     server = grpc.server(
         threads,
@@ -286,7 +286,7 @@ def _made(counter: _Counter, path: Path) -> _Bound:
         options=_options(MAX_QUESTION_BYTES),
         maximum_concurrent_rpcs=MOST_CALLS,
     )
-    _bind(server, path)
+    bind_private(server, path)
     return _Bound(server, threads, path, path.stat().st_ino)
 
 

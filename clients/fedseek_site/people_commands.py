@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from fedseek.daemon.asking import json_option
 from fedseek.errors import Malformed
 
 if TYPE_CHECKING:  # commands import what they need: a help page should not wait for the accountant
@@ -31,7 +32,6 @@ folder_option = click.option(  # people may pass through the folder to its socke
     show_default=True,
     help="The site's folder.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON line on standard output.")
 
 
 @click.command(epilog="Example: fedseek-site status --folder /var/lib/fedseek/site --json")

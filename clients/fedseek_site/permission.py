@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from fedseek.daemon.audit_lines import COORDINATOR
 from fedseek.errors import InvalidConfig, NotNow, PlanRefused
 from fedseek.identity.roster import Roster
 from fedseek.plan import Plan
@@ -206,7 +207,7 @@ class Permission:
             return
         privacy = plan.spec.privacy
         facts: dict[str, Any] = {
-            "asked_by": "coordinator",
+            "asked_by": COORDINATOR,
             "run": run,
             "phase": phase,
             "plan": plan.digest,

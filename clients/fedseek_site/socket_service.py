@@ -31,6 +31,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from fedseek.daemon.process import check_socket_path
 from fedseek.errors import AddressTaken, FedseekError, Malformed, TooLarge, Unreachable
 
 VERSION: Final = 1
@@ -39,7 +40,6 @@ LARGEST_MESSAGE: Final = 1 << 30  # bytes
 FRAME_BYTES: Final = CHUNK_BYTES + 1024  # a chunk and its fields
 SERVICE: Final = "fedseek.site.v1.SiteService"
 METHOD: Final = f"/{SERVICE}/Deliver"
-LONGEST_PATH: Final = 100  # bytes; the kernel's limit is 108
 MOST_CALLS: Final = 4  # that are being answered or wait for their turn
 SPARE_THREADS: Final = 4  # to answer health checks, and to tell further calls to come back
 PATIENCE_SECONDS: Final = 60.0  # in which a whole message has to come in, and in which its answer has to be taken
@@ -172,7 +172,7 @@ def serve(
     """
     if mode not in MODES:
         raise ValueError(f"got mode {mode:04o}, wanted 0600 or 0660: nobody else may call a site")
-    _free(path)
+    free_place(path)
     threads = MOST_CALLS + SPARE_THREADS
     wellness = health.HealthServicer()
     server = grpc.server(
@@ -181,7 +181,7 @@ def serve(
         options=_OPTIONS,
         maximum_concurrent_rpcs=threads,
     )
-    _bind(server, path)
+    bind_private(server, path)
     if group is not None:
         os.chown(path, -1, group)
     path.chmod(mode)
@@ -205,7 +205,7 @@ def call(path: Path, request: bytes, *, limit: int = LARGEST_MESSAGE, timeout: f
         Unreachable: nobody answers on the socket, or not any more; the same message may be sent again.
         TooLarge, Malformed: the service refused the message as such, or its answer is neither.
     """
-    with grpc.insecure_channel(_address(path), options=_OPTIONS) as channel:
+    with grpc.insecure_channel(grpc_address(path), options=_OPTIONS) as channel:
         answer = channel.stream_stream(METHOD)(split(request), timeout=timeout)
         try:
             return join(answer, limit=limit)
@@ -217,7 +217,7 @@ def call(path: Path, request: bytes, *, limit: int = LARGEST_MESSAGE, timeout: f
 
 def is_serving(path: Path, *, timeout: float = 2.0) -> bool:
     """Does the service say that it is well (grpc.health.v1)?"""
-    with grpc.insecure_channel(_address(path), options=_OPTIONS) as channel:
+    with grpc.insecure_channel(grpc_address(path), options=_OPTIONS) as channel:
         try:
             asked = health_pb2.HealthCheckRequest(service=SERVICE)
             answer = health_pb2_grpc.HealthStub(channel).Check(asked, timeout=timeout)
@@ -313,25 +313,29 @@ def _as_ours(code: grpc.StatusCode, details: str | None) -> FedseekError:
     return Unreachable(f"site service: {code.name}", hint="is it running, and may this account open its socket?")
 
 
-def _address(path: Path) -> str:
+def grpc_address(path: Path) -> str:
     """As gRPC reads it: a URI, in which a name may hold any character."""
     return f"unix:{quote(os.fsencode(path))}"
 
 
-def _bind(server: grpc.Server, path: Path) -> None:
+def bind_private(server: grpc.Server, path: Path) -> None:
+    """Have the server listen on a socket of mode 0600. Raises ``AddressTaken``."""
     previous = os.umask(0o177)  # so that nobody else can connect before chmod
     try:
-        server.add_insecure_port(_address(path))
+        server.add_insecure_port(grpc_address(path))
     except RuntimeError as error:
         raise AddressTaken(f"{path}: no socket can be made there", hint="is its folder there, and ours?") from error
     finally:
         os.umask(previous)
 
 
-def _free(path: Path) -> None:
-    """Make place for a socket; what is not a stale one stays."""
-    if len(os.fsencode(path)) > LONGEST_PATH:
-        raise AddressTaken(f"{path}: got {len(os.fsencode(path))} bytes, wanted at most {LONGEST_PATH} for a socket")
+def free_place(path: Path) -> None:
+    """Make place for a socket; what is not a stale one stays.
+
+    Raises:
+        AddressTaken: something else is there, or the path is too long.
+    """
+    check_socket_path(path)
     try:
         kind = path.lstat().st_mode
     except FileNotFoundError:

@@ -26,6 +26,7 @@ passphrase_option = click.option(
     type=click.Path(path_type=Path),
     help=f"A file of mode 0600 whose first line is the passphrase; else the environment's {PASSPHRASE_VARIABLE}.",
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON line on standard output.")
 fingerprint_option = click.option(
     "--fingerprint",
     help="The fingerprint you were told over another channel, in words or hexadecimal; else you are asked.",

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from fedseek.daemon.asking import json_option
 from fedseek.daemon.audit_check import AuditReport, checked_lines, export_audit, heads_kept_by, verify_audit
 from fedseek.daemon.audit_lines import AuditHead, AuditLine, milliseconds, time_text
 from fedseek.daemon.audit_reading import open_record
@@ -74,7 +75,7 @@ def audit_group(find: Callable[[Path], AuditSource], *, program: str, folder: Pa
         "--public-key", callback=_public_key, metavar="HEX", help="Key of the owner of FILE, 64 hexadecimal digits."
     )
     @click.option("--against", type=_FILE, multiple=True, help="Record of another party, exported; may be repeated.")
-    @click.option("--json", "as_json", is_flag=True, help="One JSON line on standard output.")
+    @json_option
     def verify(
         file: Path | None, folder: Path, public_key: bytes | None, against: tuple[Path, ...], as_json: bool
     ) -> None:

@@ -23,6 +23,7 @@ from fedseek.errors import Malformed, TooLarge, WrongKey
 from fedseek.identity.roster import check_name
 from fedseek.identity.signing import CONTEXT_AUDIT_HEAD, join_fields, verify_with
 
+COORDINATOR: Final = "coordinator"  # whose record the coordinator's is
 AUDIT_VERSION: Final = 1
 MAX_LINE_BYTES: Final = 64 << 10  # with the line end
 MAX_HEADS: Final = 1025  # a roster of 1024 sites, and the coordinator

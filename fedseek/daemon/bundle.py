@@ -12,6 +12,14 @@ import io
 import zipfile
 from typing import Final
 
+# Flower reads these when it is imported, so they are set before its processes start: it reports nothing to its makers,
+# looks for no newer release, and installs nothing at run time
+FLOWER_ENVIRONMENT: Final = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_LOG_LEVEL": "WARNING",
+}
 _DESCRIPTION: Final = """\
 [project]
 name = "fedseek"

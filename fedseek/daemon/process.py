@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from fedseek.errors import AddressTaken, CustodyError
 from fedseek.identity.secret_files import locked
 
 LOCK_FILE = "daemon.lock"
+LONGEST_SOCKET_PATH = 100  # bytes; the kernel's limit is 108
 
 
 @contextmanager
@@ -36,6 +38,19 @@ def only_one(folder: Path) -> Iterator[None]:
                 f"{path} cannot be opened: {error.strerror}", hint="is this the right folder?"
             ) from error
         yield
+
+
+def check_socket_path(path: Path) -> None:
+    """Check that a Unix socket can have this path.
+
+    Raises:
+        AddressTaken: it is too long for one.
+    """
+    if (length := len(os.fsencode(path))) > LONGEST_SOCKET_PATH:
+        raise AddressTaken(
+            f"{path}: got {length} bytes, wanted at most {LONGEST_SOCKET_PATH} for a socket",
+            hint="choose a folder with a shorter path",
+        )
 
 
 def stop_on_signals() -> threading.Event:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
+MAX_TEXT = 2000  # characters of a text in the audit record, of whose lines none is longer than 64 KiB
 PROC_STATUS = Path("/proc/self/status")
 STEP_INTERVAL = 0.25  # seconds between two progress lines of a site
 
@@ -51,6 +52,16 @@ def read_events(path: Path) -> Iterator[Event]:
         with path.open(encoding="utf-8", newline="\n") as stream:  # a text may hold other characters that end lines
             for line in stream:
                 yield json.loads(line)
+
+
+def auditable(event: Event) -> Event:
+    """What goes into the audit record of an event: no durations, and texts cut, which may quote what a stranger sent.
+
+    Flower's node numbers are larger than a number of JSON may be, and become texts.
+    """
+    told = {key: value for key, value in event.items() if key not in ("event", "seconds") and value is not None}
+    texts = {key: str(value)[:MAX_TEXT] for key, value in told.items() if isinstance(value, str) or key == "node"}
+    return told | texts
 
 
 def peak_rss_mb() -> float:

@@ -101,6 +101,11 @@ class SignedRoster(Form, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """The member of this name, if it is on the roster."""
         return next((member for member in self.members if member.entry.name == name), None)
 
+    @property
+    def signing_keys(self) -> dict[str, bytes]:
+        """By name, the Ed25519 public key of each member, expired ones too."""
+        return {member.entry.name: member.entry.signing_key for member in self.members}
+
     def expired(self, now: float) -> tuple[str, ...]:
         """Names of the members whose keys are no longer good."""
         return tuple(member.entry.name for member in self.members if member.expires_at <= now)

@@ -18,28 +18,20 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from fedseek.daemon.asking import passphrase_option, read_passphrase
+from fedseek.daemon.asking import json_option, passphrase_option, read_passphrase
 from fedseek.daemon.audit_commands import AuditSource, audit_group
+from fedseek.daemon.audit_lines import COORDINATOR
 from fedseek.daemon.console import run as run_program
 from fedseek.daemon.process import start_log, stop_on_signals
 from fedseek.errors import ReleaseRefused, exit_code_of
 from fedseek.plan import load_plan
 from fedseek_server.accepting import ask_to_accept
-from fedseek_server.consortium import AUDIT, COORDINATOR
+from fedseek_server.consortium import AUDIT
 from fedseek_server.consortium_files import ConsortiumFiles, read_about
-from fedseek_server.enrol_commands import admit, init, keys, revoke, roster
+from fedseek_server.enrol_commands import admit, folder_option, init, keys, revoke, roster
 from fedseek_server.orders import OPEN_STATES, RunFolder, Status, all_runs, run_folder, submit
 
 FOLLOW_SECONDS = 1.0
-
-folder_option = click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    default=Path("consortium"),
-    show_default=True,
-    help="The consortium's folder.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON line on standard output.")
 
 
 @click.group(epilog="Example: fedseek-server init --name 华东联合 --host fl.example.org")
@@ -193,8 +185,7 @@ def accept_record(name: str, why: str, folder: Path) -> None:
 def _audit_source(folder: Path) -> AuditSource:
     about = read_about(folder)
     roster = ConsortiumFiles(folder, about.name, about.authority).signed_roster()
-    others = {member.entry.name: member.entry.signing_key for member in roster.members}
-    return AuditSource(folder / AUDIT, COORDINATOR, about.coordinator_key, others)
+    return AuditSource(folder / AUDIT, COORDINATOR, about.coordinator_key, roster.signing_keys)
 
 
 for command in (init, admit, revoke, roster, keys):

@@ -15,6 +15,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedseek.daemon.audit import AuditChain
+from fedseek.daemon.audit_lines import COORDINATOR
 from fedseek.errors import CustodyError, Expired, InvalidConfig, WrongKey
 from fedseek.identity.authority import (
     CA_FILE,
@@ -60,7 +61,7 @@ from fedseek_server.consortium_files import (
 )
 from fedseek_server.node_list import NodeList
 
-AUDIT, COORDINATOR = "audit", "coordinator"  # folder of the audit chain, and whose it is
+AUDIT = "audit"  # folder of the audit chain
 _log = logging.getLogger(__name__)
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedseek.daemon.asking import (
     fingerprint_option,
+    json_option,
     passphrase_option,
     read_passphrase,
     require_compared,
@@ -34,7 +35,6 @@ folder_option = click.option(
     show_default=True,
     help="The consortium's folder.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON line on standard output.")
 
 
 @click.command(epilog="Example: fedseek-server init --name 华东联合 --host fl.example.org --port 9443")

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 
 from fedseek.daemon.audit import AuditChain
 from fedseek.daemon.audit_heads import check_countersignature
-from fedseek.daemon.audit_lines import AuditHead, heads_digest, verify_head
+from fedseek.daemon.audit_lines import COORDINATOR, AuditHead, heads_digest, verify_head
 from fedseek.daemon.parcels import ParcelDown, ParcelUp, Verdict, decode_parcel_up, encode_parcel
 from fedseek.errors import AuditBroken, FedseekError, Malformed, MessageError, WrongKey
 from fedseek.identity.signed_roster import SignedRoster
 from fedseek.messages import Standing
-from fedseek_server.consortium import COORDINATOR
 from fedseek_server.coordinator import Exchange
 from fedseek_server.driver import Conductor
 
@@ -59,30 +58,29 @@ class Mail:
         if self._sent:  # until there is another: a site that was not in the exchange after it gets it all the same
             self._seen, self._seen_signed = self._sent, {**self._signed}
             others = {site: signature for site, signature in self._signed.items() if site != COORDINATOR}
-            self.audit.note_countersignatures(self._seen, others, self._keys())
+            self.audit.note_countersignatures(self._seen, others, self.roster.signing_keys)
         self._sent, self._signed = (), {}
         if phase not in _WITH_HEADS:
             return
         heads = (*self._heads.values(), self.audit.head())
         try:
-            self.audit.note_heads(heads, self._keys())
+            self.audit.note_heads(heads, self.roster.signing_keys)
         except (AuditBroken, WrongKey, MessageError):
             self._heads = {name: head for name, head in self._heads.items() if self._is_good(head)}
             heads = (*self._heads.values(), self.audit.head())
-            self.audit.note_heads(heads, self._keys())
+            self.audit.note_heads(heads, self.roster.signing_keys)
         self._sent = heads
         self._signed[COORDINATOR] = self.audit.countersign(heads)
 
     def parcel(self, node: int, message: bytes | None, *, run: str | None, notice: bytes | None = None) -> bytes:
         """The parcel for one node, made when it is sent."""
         site = self.site_of(node)
-        is_current = site is not None and self._holds.get(site) == self.roster.digest()
         return encode_parcel(
             ParcelDown(
                 message=message,
                 notice=notice,
                 run=run,
-                roster=None if is_current else self.roster.to_bytes(),
+                roster=None if site is not None and self.holds_roster(site) else self.roster.to_bytes(),
                 heads=self._sent,
                 seen=self._seen,
                 countersignatures=self._seen_signed,
@@ -114,13 +112,10 @@ class Mail:
         """Whether the site said that it holds the roster in force."""
         return self._holds.get(site) == self.roster.digest()
 
-    def _keys(self) -> dict[str, bytes]:
-        return {member.entry.name: member.entry.signing_key for member in self.roster.members}
-
     def _is_good(self, head: AuditHead) -> bool:
         """Whether a record goes on where it was. One that does not is noted as such, and sent to nobody."""
         try:
-            self.audit.note_heads([head], self._keys())
+            self.audit.note_heads([head], self.roster.signing_keys)
         except (AuditBroken, WrongKey, MessageError) as error:
             _log.error("audit head of %s: %s", head.name, error)
             return False
@@ -128,7 +123,7 @@ class Mail:
 
     def _take_head(self, site: str, parcel: ParcelUp) -> None:
         """Keep what is signed by the site; what is not is dropped here, for it would spoil the list for all."""
-        keys = self._keys()
+        keys = self.roster.signing_keys
         if parcel.head is None or parcel.head.name != site or site not in keys:
             return
         try:

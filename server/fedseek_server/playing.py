@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from fedseek.daemon.audit import AuditChain
 from fedseek.daemon.process import following
-from fedseek.daemon.reports import Event, EventLog, peak_rss_mb
+from fedseek.daemon.reports import Event, EventLog, auditable, peak_rss_mb
 from fedseek.errors import AuditBroken, CohortTooSmall, Expired, FedseekError, JournalUnusable, Stopped
 from fedseek.identity.roster import Roster
 from fedseek.plan import Plan
@@ -26,7 +26,6 @@ from fedseek_server.releasing import write_release
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two greetings while sites are waited for
 GREETING_SECONDS: Final = 60.0  # that a greeting waits for its slowest site
-MAX_TEXT: Final = 2000  # characters of a text in the audit record, of whose lines none is longer than 64 KiB
 AUDITED: Final = {
     "reply": "reply",
     "rejected": "reply-refused",
@@ -208,18 +207,11 @@ class Progress:
         self.report.write(event)
         kind = AUDITED.get(event["event"])
         if kind is not None:
-            self.audit.record(kind, run=self.run, **_auditable(event))
+            self.audit.record(kind, run=self.run, **auditable(event))
         if event["event"] == "phase":
             rounds = self.plan.spec.training.rounds
             told = Status(run=self.run, state="running", phase=event["phase"], round=event["round"], rounds=rounds)
             self.folder.write_status(told)
-
-
-def _auditable(event: Event) -> dict[str, Any]:
-    """What goes into the audit record of an event. Flower's node numbers are larger than a number of JSON may be."""
-    told = {key: value for key, value in event.items() if key not in ("event", "seconds") and value is not None}
-    texts = {key: str(value)[:MAX_TEXT] for key, value in told.items() if isinstance(value, str) or key == "node"}
-    return told | texts
 
 
 def _end(network: Network, folder: RunFolder, **told: Any) -> None:

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fedseek.daemon.process import only_one
+from fedseek.daemon.bundle import FLOWER_ENVIRONMENT
+from fedseek.daemon.process import check_socket_path, only_one
 from fedseek.daemon.supervise import Child, die_with_parent
-from fedseek.errors import AddressTaken, FedseekError, WrongKey
+from fedseek.errors import FedseekError, WrongKey
 from fedseek.identity.secret_files import read_secret_file, refusing, write_secret_file
 from fedseek_server.certificate import check_certificate, keep_fresh, server_context
 from fedseek_server.fleet_gate import Doorbell, fleet_gate, in_turn, with_bell
@@ -40,15 +41,7 @@ from fedseek_server.listeners import (
 
 AT_A_TIME: Final = 1  # requests in Flower
 SECRET_BYTES: Final = 32
-LONGEST_SOCKET_PATH: Final = 100  # bytes; the kernel's limit is 108
-# Flower reads these when it is imported, so they are set before the process starts
-ENVIRONMENT: Final = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_LOG_LEVEL": "WARNING",
-    "PYTHONUNBUFFERED": "1",
-}
+ENVIRONMENT: Final = {**FLOWER_ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
 
 _log = logging.getLogger(__name__)
 
@@ -93,11 +86,7 @@ def prepare(settings: SuperLinkSettings) -> bytes:
         CustodyError: the folder or the secret cannot be written or read, or is open to others.
         WrongKey: what is there is no such secret.
     """
-    if len(os.fsencode(settings.socket)) > LONGEST_SOCKET_PATH:
-        raise AddressTaken(
-            f"{settings.socket}: got {len(os.fsencode(settings.socket))} bytes, wanted at most {LONGEST_SOCKET_PATH}",
-            hint="choose a state folder with a shorter path",
-        )
+    check_socket_path(settings.socket)
     with refusing(settings.state, "made"):
         for folder in (settings.state, settings.home):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

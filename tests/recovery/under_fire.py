@@ -173,8 +173,7 @@ class UnderFire:
 
     def public_keys(self) -> dict[str, bytes]:
         consortium = open_consortium(self.consortium.home)
-        keys = {member.entry.name: member.entry.signing_key for member in consortium.signed_roster.members}
-        return {**keys, "coordinator": consortium.about.coordinator_key}
+        return {**consortium.signed_roster.signing_keys, "coordinator": consortium.about.coordinator_key}
 
     def missed(self) -> set[tuple[str, str]]:
         """Which process was not killed in which phase yet."""

@@ -16,11 +16,11 @@ from played_sites import FOUR, PlayedSite, played_plan
 
 from fedseek.daemon.audit import AuditChain
 from fedseek.daemon.audit_check import checked_lines
+from fedseek.daemon.audit_lines import COORDINATOR
 from fedseek.daemon.parcels import ParcelUp, Verdict, decode_parcel_down, encode_parcel
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.signing import sign_with
 from fedseek.messages import decode_request
-from fedseek_server.consortium import COORDINATOR
 from fedseek_server.driver import Arrival
 from fedseek_server.mail import Mail
 from fedseek_server.orders import Status, submit

@@ -10,13 +10,12 @@ from enrolled import NOW, public_bytes, signed_roster
 
 from fedseek.daemon.audit import AuditChain
 from fedseek.daemon.audit_check import checked_lines, verify_audit
-from fedseek.daemon.audit_lines import sign_head
+from fedseek.daemon.audit_lines import COORDINATOR, sign_head
 from fedseek.daemon.parcels import ParcelUp, Verdict, decode_parcel_down, encode_parcel
 from fedseek.errors import Malformed
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.signing import sign, sign_with
 from fedseek.messages import Standing
-from fedseek_server.consortium import COORDINATOR
 from fedseek_server.coordinator import Exchange
 from fedseek_server.mail import GREET, Greeting, Mail, Parcels, Posted
 

@@ -8,6 +8,7 @@ import pytest
 from enrolled import node_public_key
 
 from fedseek.daemon.audit_check import checked_lines
+from fedseek.daemon.audit_lines import COORDINATOR
 from fedseek.daemon.parcels import ParcelUp, decode_parcel_down, encode_parcel
 from fedseek.errors import NotAdmitted, Unreachable
 from fedseek.identity.enrolment import make_renewal, make_request
@@ -15,7 +16,7 @@ from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.signed_roster import parse_signed_roster
 from fedseek_server import daemon as module
 from fedseek_server.config import CoordinatorConfig, ListenSettings
-from fedseek_server.consortium import COORDINATOR, create_consortium
+from fedseek_server.consortium import create_consortium
 from fedseek_server.daemon import RETRY_SECONDS, Daemon, greet
 from fedseek_server.driver import Arrival
 from fedseek_server.orders import RunFolder

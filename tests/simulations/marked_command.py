@@ -34,7 +34,7 @@ class Command:
             encoding="utf-8",
         )
 
-    def finish(self, timeout=400):
+    def finish(self, timeout=240):
         out, err = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, err
 

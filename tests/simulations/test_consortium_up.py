@@ -160,7 +160,7 @@ def test_daemons_leave_what_a_simulation_leaves_and_agree_with_it(write_tiny_sce
     for words in ("consortium up", "simulate"):
         out = tmp_path / words.replace(" ", "-")
         command = Command([*words.split(), scenario, "--out", out, "--json"], scratch)
-        returncode, told, err = command.finish()
+        returncode, told, err = command.finish(timeout=400)
         assert returncode == 0, err
         assert command.left_behind() == []
         assert list(scratch.iterdir()) == []
@@ -199,7 +199,7 @@ def test_a_site_that_refuses_ends_everything_with_its_rule(write_tiny_scenario, 
     rows = [{"text": f"汇款 {n}", "label": ("欺诈", "正常")[n % 2], "unit": f"客{n}"} for n in range(200)]
     scenario = write_tiny_scenario(private=True, privacy={"delta": 0.009}, rows={"北岸银行": rows})  # 1/n is 0.005
     command = Command(["consortium", "up", scenario, "--out", tmp_path / "运行"], scratch)
-    returncode, out, err = command.finish()
+    returncode, out, err = command.finish(timeout=400)
     assert returncode == 3, err
     assert out == ""
     assert "北岸银行" in err
@@ -230,7 +230,7 @@ def wait_for_report(command, out, timeout=300):
     """Until a site has taken part in a round."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        assert command.process.poll() is None, command.finish()
+        assert command.process.poll() is None, command.finish(timeout=400)
         for path in out.glob("*/sites/*/report.jsonl"):
             if any(json.loads(line)["event"] == "round" for line in path.read_text("utf-8").splitlines(keepends=False)):
                 return

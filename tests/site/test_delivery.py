@@ -9,7 +9,7 @@ import time
 import pytest
 from loopback import turned, until
 
-from fedseek.daemon.bundle import code_free_bundle
+from fedseek.daemon.bundle import FLOWER_ENVIRONMENT, code_free_bundle
 from fedseek.errors import AddressTaken, Unreachable
 from fedseek_site import courier
 from fedseek_site.courier import CourierSettings, delivery, work
@@ -163,7 +163,7 @@ def test_telemetry_and_installs_are_off_before_flower_is_imported(tmp_path, monk
         seen.update(os.environ)
 
     monkeypatch.setattr(courier, "_run", run)
-    for name in (*courier.ENVIRONMENT, "FLWR_HOME"):
+    for name in (*FLOWER_ENVIRONMENT, "FLWR_HOME"):
         monkeypatch.setenv(name, "before")
     with pytest.raises(SystemExit) as caught:
         courier.run_courier(settings_in(tmp_path))
@@ -179,7 +179,7 @@ def test_what_ends_the_courier_is_one_line(tmp_path, monkeypatch):
         raise AddressTaken("too long", hint="shorten it")
 
     monkeypatch.setattr(courier, "_run", run)
-    for name in (*courier.ENVIRONMENT, "FLWR_HOME"):
+    for name in (*FLOWER_ENVIRONMENT, "FLWR_HOME"):
         monkeypatch.setenv(name, "before")
     with pytest.raises(SystemExit) as caught:
         courier.run_courier(settings_in(tmp_path))
@@ -187,7 +187,7 @@ def test_what_ends_the_courier_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
-    for name in (*courier.ENVIRONMENT, "FLWR_HOME"):
+    for name in (*FLOWER_ENVIRONMENT, "FLWR_HOME"):
         monkeypatch.setenv(name, "before")
     (tmp_path / "c").write_text("in the way")
     before = os.umask(0o022)

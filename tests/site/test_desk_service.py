@@ -8,9 +8,9 @@ from joined import OPEN_POLICY, join_all
 from msgspec.structs import replace
 
 from fedseek.daemon.parcels import ParcelDown
-from fedseek.daemon.reports import EventLog, read_events
+from fedseek.daemon.reports import MAX_TEXT, EventLog, read_events
 from fedseek.messages import PlanOffer, Refused, decode_reply, encode_message
-from fedseek_site.desk import MAX_TEXT, Desk
+from fedseek_site.desk import Desk
 
 BEIAN, HARBOUR, THIRD = "北岸银行", "harbour-bank", "第三银行"
 RUN = "试运行-1"

@@ -186,7 +186,7 @@ def test_a_probe_that_asks_the_status_all_day_is_written_down_once(serving, fold
 
 
 def raw(folder, role, method, data: bytes):
-    with grpc.insecure_channel(local_api._address(socket_path(folder, role))) as channel:
+    with grpc.insecure_channel(local_api.grpc_address(socket_path(folder, role))) as channel:
         return channel.unary_unary(f"/{SERVICE}/{method}")(data, timeout=5)
 
 
