@@ -18,140 +18,20 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import ValidationError
 
 from fedseek.dp.accounting import PrivacyParams, PrivacySpend, calibrate_noise_multiplier
 from fedseek.errors import FedseekError, InvalidPlan
 from fedseek.he.packing import Packing, choose_packing
+from fedseek.plan_spec import PlanSpec
 
 PLAN_VERSION = 1
 MAX_STEPS = 100_000  # of a run; a plan from outside must not keep a site's accountant busy for hours
 MAX_PLAN_BYTES = 256 * 1024  # bytes of canonical JSON a site is willing to parse
 GLOBAL_SCOPE = "global"
-
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-
-
-class _Section(BaseModel):
-    """One table of the plan: unknown keys, wrong types and non-finite numbers are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelSpec(_Section):
-    """The frozen base model every site must hold."""
-
-    source: Annotated[str, StringConstraints(pattern=r"^(package|path):.+$")]
-    """``package:<distribution>`` (weights carried by an installed package) or ``path:<folder>``."""
-    sha256: Digest
-    """SHA-256 of the weights; a site that holds others refuses the plan."""
-    max_tokens: Annotated[int, Field(ge=4, le=8192)] = 64
-    """Longer texts are cut; tokens."""
-
-
-class KindSpec(_Section):
-    """What the sites of one kind (banks, hospitals) learn: a head of their own on the shared adapter."""
-
-    labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=10_000)]
-    metric: Literal["accuracy", "auc"] = "accuracy"
-    """Utility on held-back rows; ``auc`` wants exactly two labels, the second is the positive one."""
-    unit: Literal["record", "customer", "patient"] = "record"
-    """What the guarantee protects: one record, or all records of a customer or patient (a column names them)."""
-
-    @field_validator("labels")
-    @classmethod
-    def _unique(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
-        repeated = sorted({label for label in labels if labels.count(label) > 1})
-        if repeated:
-            raise ValueError(f"labels must be unique, repeated: {', '.join(repeated)}")
-        return labels
-
-
-class LoraSpec(_Section):
-    """The adapter. ``ffa`` freezes lora_A at a value derived from the plan: averaging lora_B is then exact."""
-
-    method: Literal["ffa", "both"] = "ffa"
-    rank: Annotated[int, Field(ge=1, le=512)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    target_modules: Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], Field(min_length=1)]
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
-    """Encoder layers to adapt; all when absent. Top layers only is faster: nothing below them is differentiated."""
-
-
-class TrainingSpec(_Section):
-    """Local training and the server step. The same sampling probability and steps at every site."""
-
-    rounds: Annotated[int, Field(ge=1, le=10_000)]
-    steps_per_round: Annotated[int, Field(ge=1, le=100_000)]
-    sampling_probability: Annotated[float, Field(ge=0.001, le=1)]
-    """Chance that a privacy unit is in a step's batch (Poisson). One epoch is 1 / sampling_probability steps."""
-    learning_rate: Annotated[float, Field(gt=0)]
-    head_learning_rate: Annotated[float, Field(gt=0)]
-    physical_batch_size: Annotated[int, Field(ge=1)] = 64
-    """Records on the device at once; cannot change the result."""
-    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
-    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-
-class PrivacySpec(_Section):
-    """The guarantee. ``mechanism = "none"`` states no epsilon anywhere."""
-
-    mechanism: Literal["dp-sgd", "none"]
-    epsilon: Annotated[float, Field(gt=0, le=50)] | None = None
-    """At the end of the run, for every site. Above 50 the figure promises nothing."""
-    delta: Annotated[float, Field(gt=0, le=0.01)] | None = None
-    """Must be below 1 / number of units of each site; each site checks that against its own data."""
-    l2_clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    """A unit's gradient is scaled down to this norm; dimensionless, over all trained values."""
-
-
-class EncryptionSpec(_Section):
-    """The outer lock."""
-
-    value_bits: Annotated[int, Field(ge=2, le=24)] = 13
-    """Bits of the stochastic quantiser."""
-    key_days: Annotated[int, Field(ge=1, le=90)] = 90
-    """Oldest group key a site encrypts under; days."""
-
-
-class CohortSpec(_Section):
-    """Who takes part, whom nobody has to trust, and how much each counts."""
-
-    min_sites: Annotated[int, Field(ge=2)] = 3
-    """Sites a run needs, and a round's sum: fewer, and the round is given up."""
-    max_sites: Annotated[int, Field(ge=2, le=1024)]
-    colluders: Annotated[int, Field(ge=0)] = 1
-    """Sites that may tell the coordinator all they know, and still no update of an honest site is exposed."""
-    min_contributors: Annotated[int, Field(ge=2)] = 3
-    """Fewest sites in the sum of any scope; a kind with fewer keeps its head at home. Below colluders + 2, a colluder
-    of the kind can subtract its own head and be left with another's."""
-    dropout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """Of more than 20 sites: how many may be missing from a round before it is given up. Fewer sites: see threshold."""
-    weighting: Literal["equal", "records"] = "equal"
-    record_cap: Annotated[int, Field(ge=1, le=100_000_000)] = 1
-    """With ``records``: a site counts by its number of records, at most this many."""
-    deadline_seconds: Annotated[int, Field(ge=10, le=604_800)] = 3600
-    """How long an exchange waits for its slowest site; who has not answered by then is missing from it. At most a week."""
-
-
-class PlanSpec(_Section):
-    """The unchecked plan, as its author writes it."""
-
-    version: Literal[1] = 1
-    name: Name
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seeds lora_A and the heads' first values. Public."""
-    model: ModelSpec
-    kinds: Annotated[dict[Name, KindSpec], Field(min_length=1)]
-    lora: LoraSpec
-    training: TrainingSpec
-    privacy: PrivacySpec
-    encryption: EncryptionSpec = EncryptionSpec()
-    cohort: CohortSpec
+DEFAULT_CANARIES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +59,12 @@ class Plan:
     def weight_cap(self) -> int:
         """The weight that counts as 1 when an update is scaled before the sum."""
         return self.spec.cohort.record_cap if self.spec.cohort.weighting == "records" else 1
+
+    @property
+    def num_canaries(self) -> int:
+        """Canary candidates of each site."""
+        asked = self.spec.audit.canaries
+        return (DEFAULT_CANARIES if self.privacy else 0) if asked is None else asked
 
     def canonical(self) -> bytes:
         """The one byte string that stands for this plan."""
@@ -298,6 +184,15 @@ def _inconsistencies(spec: PlanSpec) -> list[str]:
             problems.append(f"privacy.{field}: missing, but mechanism {spec.privacy.mechanism} needs it")
         if given and not private:
             problems.append(f'privacy.{field}: given, but mechanism "none" earns no guarantee; remove it')
+    if spec.privacy.site is not None and not private:
+        problems.append(
+            'privacy.site: given, but mechanism "none" protects no record; wanted mechanism "dp-sgd" beside it'
+        )
+    approvals = spec.release.min_approvals
+    if approvals is not None and not spec.cohort.min_sites <= approvals <= spec.cohort.max_sites:
+        problems.append(
+            f"release.min_approvals: {approvals}, wanted min_sites {spec.cohort.min_sites} to max_sites {spec.cohort.max_sites}"
+        )
     if private and spec.privacy.delta is not None:
         # With this delta, publishing whatever was drawn would do: no noise is called for, and none would be added.
         drawn = -math.expm1(steps * math.log1p(-min(spec.training.sampling_probability, 1 - 2**-53)))

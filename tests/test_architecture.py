@@ -39,13 +39,16 @@ VERBS = tuple(
         "unmask",
         "decrypt",
         "apply",
+        "statement",
+        "canaries",
         "release",
+        "evidence",
         "prepare",
         "predict",
     )
 )
 DAEMON_PARTS = ("fedseek.daemon",)
-LAYERS = (("fedseek.errors",), THEORY, ("fedseek.plan",), VERBS, DAEMON_PARTS)
+LAYERS = (("fedseek.errors",), THEORY, ("fedseek.plan_spec",), ("fedseek.plan",), VERBS, DAEMON_PARTS)
 DAEMONS = ("fedseek_server", "fedseek_site")
 CLI = "fedseek.cli"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fedseek.identity.roster import Roster
-from fedseek.plan import KindSpec, Plan
+from fedseek.plan import Plan
+from fedseek.plan_spec import KindSpec
 
 Row = tuple[str, str]
 

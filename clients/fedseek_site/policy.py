@@ -28,7 +28,8 @@ from pydantic import ConfigDict, Field, StringConstraints, field_validator
 from fedseek.daemon.settings import Settings, load_settings
 from fedseek.errors import InvalidConfig, Malformed, NotNow, PlanRefused
 from fedseek.identity.roster import SIGNING_PUBLIC_KEY_BYTES, Roster, check_name
-from fedseek.plan import Digest, Label, Name, Plan
+from fedseek.plan import Plan
+from fedseek.plan_spec import Digest, Label, Name
 
 OFFICER: Final = "privacy officer"
 ANY: Final = "any"

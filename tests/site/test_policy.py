@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from fedseek.errors import InvalidConfig, NotNow, PlanRefused
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster
-from fedseek.plan import PlanSpec, check_plan, parse_spec
+from fedseek.plan import check_plan, parse_spec
+from fedseek.plan_spec import PlanSpec
 from fedseek_site import policy as policy_module
 from fedseek_site.policy import Policy, check_hours, check_policy, load_policy
 
