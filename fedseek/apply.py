@@ -53,7 +53,9 @@ def apply_sums(
         )
         if not plan.spec.training.server_momentum:
             momentum = held.momentum  # zeros, and never used: nothing that a site would have to keep
-        applied[scope] = ScopeState(held.layout, weights, momentum, next_value_range(update, held.value_range))
+        # with a guarantee for sites the range follows from the plan: it is the grid on which their noise was sized
+        value_range = held.value_range if plan.site_level else next_value_range(update, held.value_range)
+        applied[scope] = ScopeState(held.layout, weights, momentum, value_range)
     return applied
 
 

@@ -10,18 +10,16 @@ answered; 7 the release was refused; 130 interrupted.
 from __future__ import annotations
 
 import json
-import os
-import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
+from fedseek.audit_command import audit
 from fedseek.daemon.console import run
-from fedseek.plan import Plan, load_plan
+from fedseek.plan import load_plan
+from fedseek.predict_command import predict
+from fedseek.verify_command import verify
 
 COMMANDS = "fedseek.commands"  # entry-point group: what a checkout adds, such as `simulate`
 
@@ -56,6 +54,10 @@ def cli() -> None:
     """Banks and hospitals fine-tune one LoRA adapter together; text and updates stay secret."""
 
 
+cli.add_command(audit)
+cli.add_command(verify)
+
+
 @cli.group(epilog="Example: fedseek plan check simulations/scenarios/bank_hospital.toml")
 def plan() -> None:
     """Check a plan, and predict what it costs, before anyone trains."""
@@ -74,34 +76,7 @@ def check(plan_file: Path, as_json: bool) -> None:
     click.echo(f"digest {checked.digest}")
 
 
-@plan.command("predict", epilog="Example: fedseek plan predict simulations/scenarios/bank_hospital.toml")
-@click.argument("plan_file", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON line on standard output.")
-def predict(plan_file: Path, as_json: bool) -> None:
-    """Bytes, ciphertexts, noise budget, seconds of cryptography here, and epsilon of PLAN_FILE."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about its own attributes
-    from fedseek.predict import predict_plan, prediction_document  # brings torch, which takes seconds to import
-
-    checked = load_plan(plan_file)
-    document = prediction_document(predict_plan(checked))
-    if as_json:
-        click.echo(json.dumps(document))
-        return
-    _show_prediction(checked, document)
-
-
-def _show_prediction(checked: Plan, document: dict[str, Any]) -> None:
-    rows = {name: figure for name, figure in document.items() if name != "kinds"}
-    for kind, predicted in document["kinds"].items():
-        rows |= {f"{kind}: {name}": figure for name, figure in predicted.items()}
-    table = Table(title=f"plan {checked.spec.name}", title_justify="left")
-    table.add_column("what")
-    table.add_column("predicted", justify="right")
-    for name, figure in rows.items():
-        shown = f"{figure:,.4g}" if isinstance(figure, float) else f"{figure:,}" if isinstance(figure, int) else "-"
-        table.add_row(name.replace("_", " "), shown)
-    Console().print(table)
+plan.add_command(predict)
 
 
 def main() -> None:

@@ -208,14 +208,32 @@ def encode_update(
         vector,
         weight / weight_cap,
         value_range=value_range,
-        levels=_levels(packing),
+        levels=packing.levels,
         rng=rng or np.random.default_rng(),
     )
-    header = [*(0,) * NUM_TAGS, 1, weight, saturated, *_encode_metrics(metrics, layout, packing)]
-    slots = np.zeros(num_ciphertexts(layout, packing) * packing.params.slot_count, dtype=np.uint64)
-    slots[: len(header)] = header
-    slots[len(header) : num_slots(layout, packing)] = pack(digits, packing)
-    return slots
+    return _fill_slots(digits, saturated, layout, packing=packing, weight=weight, metrics=metrics)
+
+
+def encode_integers(
+    numbers: npt.NDArray[np.int64], layout: UpdateLayout, *, packing: Packing, metrics: Mapping[str, float]
+) -> Slots:
+    """Encode integers of one scope that are rounded and noised already, at weight 1. Run by a site.
+
+    A number beyond ``packing.levels`` is clamped and counted as saturated: ``fedseek.dp.site_level`` has paid for that.
+    The numbers are int64, shape (num_values,), in steps of value_range / packing.levels; the rest as in ``encode_update``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    most = packing.levels
+    if numbers.shape != (layout.num_values,) or numbers.dtype != np.int64 or numbers.size > packing.header_bound:
+        raise ValueError(
+            f"update of {layout.scope!r}: got {numbers.dtype} of shape {numbers.shape}; wanted int64 of shape "
+            f"({layout.num_values},), at most {packing.header_bound} values"
+        )
+    saturated = int(np.count_nonzero(np.abs(numbers) > most))
+    digits = (np.clip(numbers, -most, most) + most).astype(np.uint32)
+    return _fill_slots(digits, saturated, layout, packing=packing, weight=1, metrics=metrics)
 
 
 def decode_sum(
@@ -240,12 +258,12 @@ def decode_sum(
     contributors, weight, saturated = header[:_NUM_COUNTS]
     _check_counts(header, layout, packing=packing, weight_cap=weight_cap)
     digits = unpack(slots[layout.num_header_slots : needed], layout.num_values, packing)
-    levels = _levels(packing)
-    if int(digits.max()) > 2 * levels * contributors:
+    most = packing.levels
+    if int(digits.max()) > 2 * most * contributors:
         raise Malformed(f"sum of {layout.scope!r}: a value exceeds what {contributors} sites can add up to")
     mean = digits.astype(np.float64)
-    mean -= levels * contributors
-    mean *= value_range / levels * weight_cap / weight
+    mean -= most * contributors
+    mean *= value_range / most * weight_cap / weight
     return SummedUpdate(
         contributors=contributors,
         weight=weight,
@@ -262,7 +280,7 @@ def quantiser_bound(packing: Packing, *, value_range: float, contributors: int, 
     Each site's rounding moves a value by less than one step, C / levels; the mean divides the sum of those by
     weight / weight_cap. The second term covers float64 arithmetic: a few operations of 2^-53 each on values up to C.
     """
-    steps = contributors / _levels(packing) + contributors * 2.0**-48
+    steps = contributors / packing.levels + contributors * 2.0**-48
     return value_range * steps * weight_cap / weight
 
 
@@ -289,9 +307,20 @@ def next_value_range(summed: SummedUpdate, current: float) -> float:
     return math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
 
 
-def _levels(packing: Packing) -> int:
-    """Steps from 0 to C. One code of 2^b is given up so that zero is a code of its own, in the middle."""
-    return (1 << (packing.value_bits - 1)) - 1
+def _fill_slots(
+    digits: npt.NDArray[np.uint32],
+    saturated: int,
+    layout: UpdateLayout,
+    *,
+    packing: Packing,
+    weight: int,
+    metrics: Mapping[str, float],
+) -> Slots:
+    header = [*(0,) * NUM_TAGS, 1, weight, saturated, *_encode_metrics(metrics, layout, packing)]
+    slots = np.zeros(num_ciphertexts(layout, packing) * packing.params.slot_count, dtype=np.uint64)
+    slots[: len(header)] = header
+    slots[len(header) : num_slots(layout, packing)] = pack(digits, packing)
+    return slots
 
 
 def _check_encodable(

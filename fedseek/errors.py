@@ -11,7 +11,9 @@
     │   └── AdapterDiverged   sites ended a round with different adapters
     ├── PrivacyError                          5
     │   ├── UnsupportedMechanism
-    │   └── GuardTripped      a run-time check of the privacy guarantee failed: no epsilon is stated
+    │   ├── ClaimRefuted      an audit found more leaking than the stated epsilon allows
+    │   ├── GuardTripped      a run-time check of the privacy guarantee failed: no epsilon is stated
+    │   └── BudgetExceeded    training would cost more privacy than the site's policy allows over the life of the data
     ├── CustodyError                          6
     │   ├── WrongKey
     │   └── Expired           a certificate's time is over, or has not come
@@ -129,12 +131,30 @@ class UnsupportedMechanism(PrivacyError):
     """The accountant or the training mode has no proof for what was asked."""
 
 
+class ClaimRefuted(PrivacyError):
+    """An audit's lower bound is above the epsilon that was claimed: mechanism or accounting is wrong."""
+
+
 class GuardTripped(PrivacyError):
     """A run-time check of the privacy guarantee failed. ``guard`` names it; no epsilon is stated."""
 
     def __init__(self, guard: str, message: str, *, hint: str = "") -> None:
         self.guard = guard
         super().__init__(f"privacy guard {guard!r} tripped: {message}", hint=hint)
+
+
+class BudgetExceeded(PrivacyError):
+    """The next training would overspend. The figures are for the site's own people; ``rule`` may be told to others."""
+
+    rule = "limits.max_epsilon_total"
+
+    def __init__(self, *, spent: float, asked: float, limit: float, delta: float) -> None:
+        self.spent, self.asked, self.limit = spent, asked, limit
+        super().__init__(
+            f"privacy ledger: epsilon {spent:.4g} is spent, {asked:.4g} was asked for in all, the limit is {limit:g} "
+            f"(at delta {delta:g})",
+            hint="fedseek-site budget shows what it went into; only this site's policy can raise the limit",
+        )
 
 
 class CustodyError(FedseekError):

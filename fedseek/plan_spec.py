@@ -146,7 +146,8 @@ class CohortSpec(_Section):
     """Of more than 20 sites: how many may be missing from a round before it is given up. Fewer sites: see threshold."""
     weighting: Literal["equal", "records"] = "equal"
     record_cap: Annotated[int, Field(ge=1, le=100_000_000)] = 1
-    """With ``records``: a site counts by its number of records, at most this many."""
+    """With ``records``: a site counts by its number of records (of customers or patients, where those are the unit), at
+    most this many."""
     deadline_seconds: Annotated[int, Field(ge=10, le=604_800)] = 3600
     """How long an exchange waits for its slowest site; who has not answered by then is missing from it. At most a week."""
 

@@ -8,8 +8,10 @@ Texts and labels never appear in what leaves the site; errors name file, line an
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +169,43 @@ def to_records(rows: Sequence[Row], columns: Columns, *, labels: Sequence[str], 
     else:
         units = tuple(_text_of(row, columns.unit, number, source) for number, row in enumerate(rows, start=1))
     return Records(texts, found, units, columns.unit)
+
+
+def cap_records(records: Records, cap: int, *, seed: int) -> Records:
+    """At most ``cap`` records of each unit, in the order they came in.
+
+    Which ones is read off a hash of each record, as by lot: not the first in the file, which may be the oldest.
+
+    Args:
+        records: of one site, with the units the plan protects.
+        cap: records kept of a unit that has more.
+        seed: of the plan, public; the same records are kept after a restart.
+
+    Guarantees:
+        What is kept of a unit depends on that unit's records alone, and not on their order: adding or removing one unit
+        changes nothing for another, so the guarantee stays one for the unit.
+    """
+    lots = _lots(records, seed)
+    rows_of: dict[str, list[int]] = {}
+    for row, unit in enumerate(records.units):
+        rows_of.setdefault(unit, []).append(row)
+    kept = sorted(row for rows in rows_of.values() for row in sorted(rows, key=lots.__getitem__)[:cap])
+    texts, labels, units = (
+        tuple(map(column.__getitem__, kept)) for column in (records.texts, records.labels, records.units)
+    )
+    return Records(texts, labels, units, records.unit_column)
+
+
+def _lots(records: Records, seed: int) -> list[bytes]:
+    """A SHA-256 for each record. Records that are equal in all are told apart by a number, whichever comes first."""
+    seen: Counter[tuple[str, str, str]] = Counter()
+    lots = []
+    for record in zip(records.units, records.texts, records.labels, strict=True):
+        seen[record] += 1
+        # JSON, so that no text can move over into another field
+        document = json.dumps(["fedseek/cap/v1", seed, *record, seen[record]])
+        lots.append(hashlib.sha256(document.encode()).digest())
+    return lots
 
 
 def _check_columns(rows: Sequence[Row], wanted: Sequence[str], source: str) -> None:

@@ -1,135 +1,168 @@
-"""The release: adapter folder, model card, and each site's statement of what it cost in privacy.
+"""The release: the gate in front of it, which fails closed, and what a reader of the adapter is told.
 
-The statement uses the vocabulary of NIST SP 800-226 (unit, neighbouring relation, epsilon, delta, trust model, what is
-not covered). It fails closed: where a guard did not report, or the plan promises nothing, no epsilon is stated.
+    outcome of a run at a site --check_release--> checks, all of which hold --privacy_statement--> what the site signs
+
+The same function that lets a site release is run once more by everybody who verifies: the checks of a statement are
+those that the gate makes of it, or the statement is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-import msgspec
-
-from fedseek.dp.accounting import PrivacySpend
-from fedseek.dp.guards import TRAINING_GUARDS
+from fedseek.dp.guards import NO_UNNOISED_METRICS, TRAINING_GUARDS
+from fedseek.dp.site_guards import SITE_LEVEL_GUARDS
 from fedseek.errors import ReleaseRefused
+from fedseek.lora.adapter_file import adapter_config
 from fedseek.plan import Plan
+from fedseek.statement import Check, Outcome, PrivacyStatement, missing_guards, wanted_guards
+from fedseek.statement_page import describe_guarantee
+from fedseek.statement_words import ENGLISH
 
-STATEMENT_VERSION: Final = 1
-NOT_COVERED: Final = (
-    "what the adapter says about groups of people: it is meant to learn that, with or without any one of them",
-    "people who appear at more than one site, or under several identifiers at one site: what they spend adds up",
-    "more than one record of a person where the unit is the record",
-    "other runs on the same data: their costs add up and are not counted in this statement",
-    "that a site took part, and how many records it holds",
-    "records held back for evaluation: their summed metrics are seen by the sites, without noise",
-    "choices made by looking at the records before training: labels, prompts, settings",
-    "the base model, which was trained elsewhere",
-    "noised updates where too few sites hide each other: in a sum of two sites each can subtract its own, and a round hides "
-    "less than planned if more sites work with the coordinator than the plan says",
-)
+BUDGET: Final = "budget"
+GUARDS: Final = "guards"
+EPSILON: Final = "epsilon"
+CANARY_AUDIT: Final = "canary-audit"
+UTILITY: Final = "utility"
+CONTRIBUTORS: Final = "contributors"
+ADAPTER: Final = "adapter"
+NOT_ASKED: Final = "-"  # wanted and got of a check that the plan does not ask for
 
-
-class PrivacyStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What one site says about its part of a run. ``epsilon`` is None when none was earned.
-
-    ``adapter_sha256`` is of the file ``adapter_model.safetensors`` and ``tensors`` holds the hex digest of each scope's
-    values, so that the signed statement says which release it speaks of.
-    """
-
-    version: int = STATEMENT_VERSION
-    run: str
-    plan_digest: str
-    site: str
-    kind: str
-    adapter_sha256: str
-    tensors: dict[str, str]
-    mechanism: str
-    unit: str
-    neighboring_relation: str
-    epsilon: float | None
-    epsilon_second_opinion: float | None
-    delta: float | None
-    accountant: str
-    noise_multiplier: float | None
-    sampling_probability: float
-    num_steps: int
-    l2_clip_norm: float | None
-    guards_passed: tuple[str, ...]
-    trust_model: str
-    not_covered: tuple[str, ...] = NOT_COVERED
+_Checked = tuple[Check, bool]
+_KNOWN_GUARDS: Final = frozenset({*TRAINING_GUARDS, *SITE_LEVEL_GUARDS, NO_UNNOISED_METRICS})
 
 
-def privacy_statement(
-    plan: Plan,
-    *,
-    run: str,
-    site: str,
-    kind: str,
-    spend: PrivacySpend | None,
-    guards_passed: Sequence[str],
-    steps: int,
-    adapter_sha256: str,
-    digests: Mapping[str, bytes],
-) -> PrivacyStatement:
-    """State what ``steps`` steps of training cost one site.
+def check_release(plan: Plan, outcome: Outcome) -> tuple[Check, ...]:
+    """The gate: every check of a release, all of which hold.
+
+    Nothing that is told of them says more about the held-back records than that the plan's floor was reached.
 
     Raises:
-        ReleaseRefused: the plan promises privacy, but no guard reported or steps and spend disagree.
+        ReleaseRefused: one does not; names the first, and in its hint the others.
     """
-    missing = sorted(set(TRAINING_GUARDS) - set(guards_passed)) if plan.privacy else []
-    accounted = (spend.params, spend.num_steps) if spend else None
-    if missing or accounted != ((plan.privacy, steps) if plan.privacy else None):
+    checked = [check(plan, outcome) for check in _GATE]
+    failed = [check for check, holds in checked if not holds]
+    if failed:
+        first, *others = (f"{check.name}: got {check.got}, wanted {check.wanted}" for check in failed)
         raise ReleaseRefused(
-            f"site {site!r}: {steps} steps trained, {spend.num_steps if spend else 0} accounted, guards not passed: "
-            f"{', '.join(missing) or 'none'}; wanted every step accounted as the plan says and every guard passed",
-            hint="no epsilon is stated that was not earned; run again",
+            f"site {outcome.site!r} does not release run {outcome.run!r}: {first}",
+            hint="; ".join(["no epsilon is stated that was not earned, and nothing is released", *others]),
         )
-    privacy = plan.privacy
-    return PrivacyStatement(
-        run=run,
-        plan_digest=plan.digest,
-        site=site,
-        kind=kind,
-        adapter_sha256=adapter_sha256,
-        tensors={scope: digest.hex() for scope, digest in sorted(digests.items())},
-        mechanism=plan.spec.privacy.mechanism,
-        unit=plan.spec.kinds[kind].unit,
-        neighboring_relation="add or remove one unit",
-        epsilon=spend.epsilon() if spend else None,
-        epsilon_second_opinion=spend.epsilon_rdp() if spend else None,
-        delta=privacy.delta if privacy else None,
-        accountant="privacy loss distribution (dp_accounting); second opinion: Renyi" if spend else "none",
-        noise_multiplier=privacy.noise_multiplier if privacy else None,
-        sampling_probability=plan.spec.training.sampling_probability,
-        num_steps=steps,
-        l2_clip_norm=privacy.l2_clip_norm if privacy else None,
-        guards_passed=tuple(guards_passed),
-        trust_model="noise added at the site before anything leaves it; holds against everyone else",
+    return tuple(check for check, _ in checked)
+
+
+def approvals_wanted(plan: Plan, contributors: Sequence[str]) -> int:
+    """How many of the sites whose updates are in the adapter must approve its release."""
+    asked = plan.spec.release.min_approvals
+    return len(contributors) if asked is None else asked
+
+
+def released_config(plan: Plan) -> bytes:
+    """The bytes of ``adapter_config.json``: they follow from the plan."""
+    lora = plan.spec.lora
+    return adapter_config(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        layers=lora.layers,
+        base_name=plan.spec.model.source,
     )
 
 
-def statement_bytes(statement: PrivacyStatement) -> bytes:
-    """The JSON a site signs and publishes."""
-    return msgspec.json.format(msgspec.json.encode(statement), indent=2) + b"\n"
+def _check_budget(plan: Plan, outcome: Outcome) -> _Checked:
+    """Steps trained = accounted, all of them in the site's ledger, and no more than epsilon was computed for.
+
+    The ledger may have more: it is entered before training, and a site that is killed in between has spent and sent nothing.
+    A plan that promises nothing has no budget: a run that goes on from a lost one trains some of its rounds again.
+    """
+    spend, wanted = outcome.spend, f"<= {plan.total_steps}"
+    if plan.privacy is None:
+        return Check(name=BUDGET, wanted=NOT_ASKED, got=NOT_ASKED), spend is None
+    accounted = spend.num_steps if spend else 0
+    same = spend is not None and spend.params == plan.privacy and outcome.steps == accounted
+    holds = same and accounted <= outcome.steps_spent <= plan.total_steps
+    told = f"{outcome.steps} trained, {accounted} accounted, {outcome.steps_spent} in the ledger"
+    return Check(name=BUDGET, wanted=wanted, got=str(outcome.steps) if holds else told), holds
 
 
-def describe_statement(statement: PrivacyStatement) -> str:
-    """The statement in words, as Markdown."""
-    if statement.epsilon is None or statement.delta is None:
-        guarantee = "**No privacy guarantee.** The plan asked for none; treat the adapter like the training data."
-    else:
-        guarantee = (
-            f"**({statement.epsilon:.2f}, {statement.delta:g})-differential privacy** for one {statement.unit} "
-            f"({statement.neighboring_relation}), by {statement.mechanism} over {statement.num_steps} steps, "
-            f"noise multiplier {statement.noise_multiplier:.3f}, clip norm {statement.l2_clip_norm:g}, "
-            f"sampling probability {statement.sampling_probability:g}."
-        )
-    lines = [f"### {statement.site} ({statement.kind})", "", guarantee, ""]
-    if statement.guards_passed:
-        lines += [f"Checked while it ran: {', '.join(statement.guards_passed)}.", ""]
-    return "\n".join(lines)
+def _check_guards(plan: Plan, outcome: Outcome) -> _Checked:
+    """Every guard that the plan asks for, and no name that is none; each once, in order."""
+    passed, missing = outcome.guards_passed, missing_guards(plan, outcome.guards_passed)
+    wanted = f">= {len(wanted_guards(plan))}"
+    strange = sorted(set(passed) - _KNOWN_GUARDS)
+    if missing or strange or list(passed) != sorted(set(passed)):
+        got = f"{len(passed)}, without {', '.join(missing) or 'none'}, with unknown {', '.join(strange) or 'none'}"
+        return Check(name=GUARDS, wanted=wanted, got=got[:400]), False
+    return Check(name=GUARDS, wanted=wanted, got=str(len(passed))), True
+
+
+def _check_epsilon(plan: Plan, outcome: Outcome) -> _Checked:
+    promised = plan.spec.privacy.epsilon
+    if plan.privacy is None or promised is None:
+        return Check(name=EPSILON, wanted=NOT_ASKED, got=NOT_ASKED), outcome.spend is None
+    claimed = _claimed(plan, outcome)
+    return Check(name=EPSILON, wanted=f"<= {promised:g}", got=f"{claimed:.4f}"), claimed <= promised
+
+
+def _check_canary_audit(plan: Plan, outcome: Outcome) -> _Checked:
+    """A lower bound above the claim shows that the claim is false, up to the confidence of the audit."""
+    audit = outcome.audit
+    if plan.num_canaries == 0:
+        return Check(name=CANARY_AUDIT, wanted=NOT_ASKED, got=NOT_ASKED), audit is None
+    claimed = _claimed(plan, outcome) if plan.privacy else math.inf
+    wanted = f"<= {claimed:.4f}"
+    if audit is None:
+        return Check(name=CANARY_AUDIT, wanted=wanted, got="no outcome"), False
+    asked = (plan.num_canaries, plan.spec.audit.confidence)
+    if (audit.canaries, audit.confidence) != asked:
+        got = f"{audit.canaries} canaries at confidence {audit.confidence}, not {asked[0]} at {asked[1]}"
+        return Check(name=CANARY_AUDIT, wanted=wanted, got=got), False
+    # "<=" of each: a comparison with NaN is false, while max() may pass over it
+    holds = audit.released_adapter <= claimed and audit.every_round <= claimed
+    bounds = f"{audit.released_adapter:.4f}, {audit.every_round:.4f}"
+    return Check(name=CANARY_AUDIT, wanted=wanted, got=bounds), holds
+
+
+def _check_utility(plan: Plan, outcome: Outcome) -> _Checked:
+    """The figure itself is told to nobody: it was computed on held-back records, without noise."""
+    floor = plan.spec.kinds[outcome.kind].min_utility
+    if floor is None:
+        return Check(name=UTILITY, wanted=NOT_ASKED, got=NOT_ASKED), True
+    wanted = f">= {floor:g}"
+    if outcome.utility is not None and outcome.utility >= floor:
+        return Check(name=UTILITY, wanted=wanted, got=wanted), True
+    got = "no figure over the sites of this kind" if outcome.utility is None else f"{outcome.utility:.4f}"
+    return Check(name=UTILITY, wanted=wanted, got=got), False
+
+
+def _check_contributors(plan: Plan, outcome: Outcome) -> _Checked:
+    floor, count = max(plan.spec.cohort.min_sites, plan.spec.cohort.min_contributors), len(outcome.contributors)
+    return Check(name=CONTRIBUTORS, wanted=f">= {floor}", got=str(count)), count >= floor
+
+
+def _check_adapter(plan: Plan, outcome: Outcome) -> _Checked:
+    """Finite, and no longer where the plan's seed put it."""
+    largest = outcome.largest_value
+    return Check(name=ADAPTER, wanted="> 0, < inf", got=f"{largest:.6g}"), 0 < largest < math.inf
+
+
+def _claimed(plan: Plan, outcome: Outcome) -> float:
+    """The epsilon that is about to be stated; NaN, which passes no check, for more steps than the plan has."""
+    spend = outcome.spend
+    return spend.epsilon() if spend and spend.num_steps <= plan.total_steps else math.nan
+
+
+_GATE: Final[tuple[Callable[[Plan, Outcome], _Checked], ...]] = (
+    _check_budget,
+    _check_guards,
+    _check_epsilon,
+    _check_canary_audit,
+    _check_utility,
+    _check_contributors,
+    _check_adapter,
+)
 
 
 def model_card(
@@ -142,10 +175,9 @@ def model_card(
         + (f"{utility[kind]:.3f}" if kind in utility else "not disclosed")
         for kind, task in spec.kinds.items()
     )
-    covered = "\n".join(f"- {line}" for line in NOT_COVERED)
     private = bool(statements) and all(statement.epsilon is not None for statement in statements)
     tags = ["lora", "federated-learning", *(["differential-privacy"] if private else [])]
-    told = "\n".join(describe_statement(statement) for statement in statements)
+    told = "\n".join(f"- {describe_guarantee(statement, ENGLISH)}" for statement in statements)
     return f"""---
 library_name: peft
 base_model: {base}
@@ -168,9 +200,8 @@ fine-tuned together without showing each other, or the coordinator, their text o
 ## Privacy
 
 {told}
-Not covered:
 
-{covered}
+What this means, how it was checked, and what it does not cover: [PRIVACY.md](PRIVACY.md), [PRIVACY.zh.md](PRIVACY.zh.md).
 
 ## Use
 

@@ -106,6 +106,7 @@ def train_round(
     steps_before: int = 0,
     seed: int | None = None,
     allowed: Allowed | None = None,
+    expected_units: float | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> TrainingOutcome:
     """Train ``model`` in place for one round.
@@ -122,6 +123,8 @@ def train_round(
         steps_before: private steps the run has taken in earlier rounds, counted by the caller apart from ``spend``.
         seed: order of the data and dropout; only when not private, so that two runs can be compared number by number.
         allowed: shape (num_records, num_labels), labels each record may have; None for all.
+        expected_units: units that the step's divisor counts; None for those in ``records``. Given where their number
+            depends on what must not show, as on coins.
         on_step: called after each step with its number, from 1, and the number of steps.
 
     Guarantees:
@@ -137,7 +140,10 @@ def train_round(
     began = time.perf_counter()
     generator = secret_generator() if seed is None else np.random.default_rng(seed)
     sampler = PoissonUnitSampler(records.units, settings.sampling_probability, generator=generator)
-    with _training_mode(model), _dropout_seed(seed), _open_step(model, settings, privacy, sampler) as step:
+    divisor = sampler.expected_batch_size
+    if expected_units is not None:
+        divisor = settings.sampling_probability * expected_units
+    with _training_mode(model), _dropout_seed(seed), _open_step(model, settings, privacy, divisor) as step:
         num_drawn, mean_loss = _take_steps(step, records, sampler, settings, allowed, on_step)
         if isinstance(step, PrivateStep) and privacy is not None:
             step.finish()
@@ -270,6 +276,7 @@ def _check_round(
     steps_before: int,
 ) -> None:
     """Guards that look at the round as a whole; after them, every guard of training has held."""
+    trials = [sampler.draw(number).unit_indices for number in range(guards.NUM_TRIAL_DRAWS)]
     step.passed |= {
         guards.check_sampling_from_plan(
             sampler.sampling_probability,
@@ -277,6 +284,8 @@ def _check_round(
             num_drawn=num_drawn,
             num_chances=sampler.num_units * step.num_steps,
         ),
+        guards.check_draws_independent(trials, num_units=sampler.num_units, planned=privacy.sampling_probability),
+        guards.check_cryptographic_randomness({"noise": step.is_secret, "draws": sampler.is_secret}),
         guards.check_composition_over_run(spend.num_steps, steps_before + step.num_steps),
     }
     guards.check_all_passed(step.passed)
@@ -303,13 +312,12 @@ def _dropout_seed(seed: int | None) -> Iterator[None]:
 
 
 def _open_step(
-    model: nn.Module, settings: TrainingSettings, privacy: PrivacyParams | None, sampler: PoissonUnitSampler
+    model: nn.Module, settings: TrainingSettings, privacy: PrivacyParams | None, divisor: float
 ) -> AbstractContextManager[PrivateStep | PlainStep]:
     optimizer = _make_optimizer(model, settings)
-    size = sampler.expected_batch_size
     if privacy is None:
-        return nullcontext(PlainStep(model, optimizer, expected_batch_size=size))
-    return private_step(model, optimizer, privacy=privacy, expected_batch_size=size)
+        return nullcontext(PlainStep(model, optimizer, expected_batch_size=divisor))
+    return private_step(model, optimizer, privacy=privacy, expected_batch_size=divisor)
 
 
 def _make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

@@ -15,9 +15,8 @@ from simulations.summary import Baselines
 
 
 def run_baselines(folder: Path, scenario: Scenario, console: Console) -> Baselines:
-    """Run what the scenario asks for; longest first, so that the workers end together."""
-    wanted = scenario.spec.simulation.baselines
-    if not wanted:
+    """Run what `wanted_baselines` names; longest first, so that the workers end together."""
+    if not wanted_baselines(scenario):
         return Baselines()
     private = scenario.plan.privacy is not None
     local: dict[str, tuple[float, ...]] = {}
@@ -47,6 +46,18 @@ def run_baselines(folder: Path, scenario: Scenario, console: Console) -> Baselin
     )
 
 
+def wanted_baselines(scenario: Scenario) -> tuple[str, ...]:
+    """What the scenario asks for; with privacy, any baseline brings the DP linear probe along.
+
+    A head on the frozen model is hard to beat under noise, so a private figure beside others but not beside it would
+    say too much for the adapter. A scenario that wants no baseline at all gets none, and its report says what is missing.
+    """
+    asked = scenario.spec.simulation.baselines
+    if not asked or scenario.plan.privacy is None or "linear_probe" in asked:
+        return asked
+    return (*asked, "linear_probe")
+
+
 def single_thread() -> None:
     """One core a worker: the workers share the machine."""
     import torch
@@ -57,7 +68,7 @@ def single_thread() -> None:
 def _submit(pool: ProcessPoolExecutor, folder: Path, scenario: Scenario) -> dict[Future[Any], str]:
     from simulations.baselines import centralised, linear_probe, local_only
 
-    wanted = scenario.spec.simulation.baselines
+    wanted = wanted_baselines(scenario)
     jobs: dict[Future[Any], str] = {}
     if "centralised" in wanted:
         jobs[pool.submit(centralised, folder)] = "centralised"

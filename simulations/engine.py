@@ -59,7 +59,7 @@ def play(run_folder: Path, scratch: Path) -> None:
         hosts = start_hosts(run_folder, scratch, workers)
         roster = Roster.of(entry for entries in ray.get([host.enrol.remote() for host in hosts]) for entry in entries)
         ray.get([host.trust.remote(roster.canonical_bytes()) for host in hosts])
-        coordinator = Coordinator(scenario.plan, roster, run=run_folder.name, observe=log.write)
+        coordinator = Coordinator(scenario.plan, roster, run=run_folder.name, observe=log.write, wait_seconds=0.0)
 
         def finish(done: Coordinator) -> None:
             write_release(done, run_folder / "release")

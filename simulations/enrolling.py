@@ -136,7 +136,7 @@ def policy_for(plan: Plan, kind: str) -> dict[str, object]:
             "units": [task.unit],
             "metrics": [task.metric],
         },
-        "approval": {"required": 0},
+        "approval": {"required": 0, "releases": 0},
     }
 
 

@@ -29,6 +29,7 @@ class SiteHost:
 
         from fedseek.identity.keys import SiteIdentity
         from fedseek.identity.vault import StorageKey
+        from fedseek_site.ledger import Ledger
         from fedseek_site.service import SiteService
         from simulations.run_folder import open_scenario, synthetic_folder
         from simulations.scenario import read_site_data
@@ -52,12 +53,17 @@ class SiteHost:
                 }
             )
             self._away[index] = frozenset(site.away)
+            state_folder = Path(scratch) / "sites" / site.name
+            state_folder.mkdir(parents=True, exist_ok=True)
+            state_folder.chmod(0o700)
+            storage_key = StorageKey.generate()  # never written down: with the run, its secrets are gone
             self._services[index] = SiteService(
                 SiteIdentity.generate(site.name, site.kind),
                 data,
                 roster=None,
-                state_folder=Path(scratch) / "sites" / site.name,
-                storage_key=StorageKey.generate(),  # never written down: with the run, its secrets are gone
+                state_folder=state_folder,
+                storage_key=storage_key,
+                ledger=Ledger(state_folder / "ledger.sqlite3", storage_key, dataset=site.name),
                 release_folder=folder / "sites" / site.name / "release",
                 observe=log.write,
             )

@@ -30,6 +30,7 @@ from fedseek.mask import mask_slots
 from fedseek.messages import AggregateDown, RoundKeys, UnmaskRequest, UpdateReply, digest_message
 from fedseek.plan import GLOBAL_SCOPE, Plan
 from fedseek.reveal import reveal_shares
+from fedseek.site_noise import encode_noised
 from fedseek.tag import add_tags, tag_key
 from fedseek.unmask import RoundRecord, check_revealed, unmask_sum
 
@@ -220,6 +221,10 @@ def vouched_by(federation: Federation, graph: RoundGraph, site: Participant) -> 
 
 def encode_scopes(plan: Plan, site: Participant) -> dict[str, Slots]:
     """Encode every scope of one site's update; run by the site."""
+    if plan.site_level is not None:
+        layouts = {scope: state.layout for scope, state in site.scopes.items()}
+        metrics = {name: value for each in site.metrics.values() for name, value in each.items()}
+        return encode_noised(site.updates, layouts, params=plan.site_level, packing=plan.packing, metrics=metrics)[0]
     return {
         scope: encode_update(
             site.updates[scope],

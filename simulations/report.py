@@ -12,7 +12,7 @@ from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fedseek.release import NOT_COVERED
+from fedseek.statement import NOT_COVERED
 from simulations.charts import COORDINATOR_PHASES, PHASES, lines_by_round, plain_bars, stacked_bars
 from simulations.summary import (
     Encryption,
@@ -66,6 +66,7 @@ def render_report(summary: Summary) -> str:
         headline=headline(summary),
         tiles=_tiles(summary),
         outcome=_outcome_table(summary),
+        probe_missing=_probe_missing(summary),
         utility_charts=[_utility_chart(summary, site, number) for number, site in enumerate(summary.sites)],
         epsilon_chart=_epsilon_chart(summary),
         time_chart=_time_chart(summary),
@@ -136,6 +137,16 @@ def _outcome_table(summary: Summary) -> Table:
     run = [(name, values) for name, values in columns if values]
     rows = tuple((site.display_name, *(_number(values.get(site.name)) for _, values in run)) for site in summary.sites)
     return Table(("site", *(name for name, _ in run)), rows)
+
+
+def _probe_missing(summary: Summary) -> str | None:
+    """What to say under the outcome of a private run that has no DP linear probe beside it."""
+    if summary.privacy is None or summary.baselines.dp_linear_probe:
+        return None
+    return (
+        "No private linear probe was run. Under noise, a head alone on the frozen model is hard to beat; whether this "
+        "adapter does is not known."
+    )
 
 
 def _utility_chart(summary: Summary, site: SiteFacts, number: int) -> Chart:

@@ -267,6 +267,7 @@ def make_cohort(tiny_plan: Callable[..., Any], tiny_data: Callable[..., Any], tm
     from fedseek.identity.roster import Roster
     from fedseek.identity.vault import StorageKey
     from fedseek_server.coordinator import Coordinator
+    from fedseek_site.ledger import Ledger
     from fedseek_site.service import SiteService
 
     def make(
@@ -281,6 +282,11 @@ def make_cohort(tiny_plan: Callable[..., Any], tiny_data: Callable[..., Any], tm
         identities = {name: SiteIdentity.generate(name, kind) for name, kind in sites}
         roster = Roster.of(identity.public() for identity in identities.values())
         storage_key = StorageKey.generate()
+        for name in identities:
+            (tmp_path / name).mkdir()
+        ledgers = {
+            name: Ledger(tmp_path / name / "ledger.sqlite3", storage_key, dataset="records") for name in identities
+        }
 
         def open_service(identity: Any) -> Any:
             name = identity.name
@@ -290,6 +296,7 @@ def make_cohort(tiny_plan: Callable[..., Any], tiny_data: Callable[..., Any], tm
                 roster=roster,
                 state_folder=tmp_path / name / "state",
                 storage_key=storage_key,
+                ledger=ledgers[name],
                 release_folder=tmp_path / name / "release",
                 observe=events[name].append,
             )

@@ -22,10 +22,13 @@ from fedseek.identity.forms import DAY_SECONDS
 from fedseek.identity.roster import Roster, RosterEntry
 from fedseek.identity.signed_roster import Member, SignedRoster, make_signed_roster
 from fedseek.identity.signing import sign, sign_with
+from fedseek.records import Records
 from fedseek_site.approvals import Approvals
 from fedseek_site.desk import Desk
 from fedseek_site.enrol import create_site, join, open_site
+from fedseek_site.ledger_opening import open_ledger
 from fedseek_site.permission import Permission
+from fedseek_site.release_approvals import ReleaseApprovals
 
 COORDINATOR = "coordinator"
 SITES = (("北岸银行", "bank"), ("harbour-bank", "bank"), ("第三银行", "bank"))
@@ -51,6 +54,7 @@ units = ["record", "customer", "patient"]
 metrics = ["accuracy", "auc"]
 [approval]
 required = 0
+releases = 0
 """
 
 
@@ -90,6 +94,8 @@ class Seat:
     def close(self) -> None:
         self.desk.service.close()
         self.desk.permission.approvals.close()
+        self.desk.permission.releases.approvals.close()
+        self.desk.permission.ledger.close()
         self.desk.audit.close()
 
     def lines(self, kind: str | None = None) -> list[AuditLine]:
@@ -128,10 +134,22 @@ class Joined:
             public_key=site.identity.public().signing_key,
             clock=lambda: self.now,
         )
+        ledger = open_ledger(
+            folder / "ledger.sqlite3",
+            site.storage_key,
+            dataset="账户",
+            site=name,
+            policy_path=folder / "policy.toml",
+            audit=audit,
+            audit_folder=folder / "audit",
+        )
+        ledger.take_data(Records(("转账",), ("欺诈",), ("客1",)))  # stand-ins have no service that would
         permission = Permission(
             site=name,
             policy_path=folder / "policy.toml",
             approvals=Approvals(folder / "approvals.sqlite3"),
+            release_approvals=ReleaseApprovals(folder / "releases.sqlite3"),
+            ledger=ledger,
             dataset="账户",
             record=audit.record,
             clock=lambda: self.now,

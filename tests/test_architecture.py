@@ -27,8 +27,13 @@ VERBS = tuple(
         "groupkey",
         "records",
         "train",
+        "canaries",
+        "canary_record",
+        "audit_picture",
+        "audit_command",
         "evaluate",
         "encode",
+        "site_noise",
         "tag",
         "deal",
         "mask",
@@ -40,15 +45,19 @@ VERBS = tuple(
         "decrypt",
         "apply",
         "statement",
-        "canaries",
+        "statement_words",
+        "statement_page",
         "release",
-        "evidence",
         "prepare",
         "predict",
+        "predict_privacy",
+        "predict_picture",
+        "predict_command",
     )
 )
 DAEMON_PARTS = ("fedseek.daemon",)
-LAYERS = (("fedseek.errors",), THEORY, ("fedseek.plan_spec",), ("fedseek.plan",), VERBS, DAEMON_PARTS)
+EVIDENCE = ("fedseek.evidence", "fedseek.verification", "fedseek.verify_command")
+LAYERS = (("fedseek.errors",), THEORY, ("fedseek.plan_spec",), ("fedseek.plan",), VERBS, DAEMON_PARTS, EVIDENCE)
 DAEMONS = ("fedseek_server", "fedseek_site")
 CLI = "fedseek.cli"
 
@@ -160,7 +169,7 @@ def may_import(importer: str, imported: str) -> bool:
             below = tuple(package for lower in LAYERS[:height] for package in lower)
             siblings = (
                 layer
-                if layer in (VERBS, DAEMON_PARTS)
+                if layer in (VERBS, DAEMON_PARTS, EVIDENCE)
                 else tuple(package for package in layer if is_in(importer, (package,)))
             )
             return imported == "fedseek" or is_in(imported, below + siblings)

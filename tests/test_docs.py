@@ -310,11 +310,12 @@ def test_the_operating_page_names_every_exit_code():
 
 
 def test_the_operating_page_names_every_event_and_no_other():
-    permission = "clients/fedseek_site/permission.py"  # what it tells goes into the audit chain
+    # what these tell goes into the audit chain
+    permission = {f"clients/fedseek_site/{name}.py" for name in ("permission", "release_permission")}
     sources = [
         path
         for path in FILES
-        if path.suffix == ".py" and SHORT[path].split("/")[0] != "tests" and SHORT[path] != permission
+        if path.suffix == ".py" and SHORT[path].split("/")[0] != "tests" and SHORT[path] not in permission
     ]
     said = re.compile(r'(?:"event": |_tell\()"([\w-]+)"(?: if .+ else "([\w-]+)")?')
     told = {name for path in sources for found in said.findall(path.read_text("utf-8")) for name in found if name}
@@ -328,8 +329,9 @@ def test_the_operating_page_names_every_kind_of_line_in_an_audit_chain():
     said = re.findall(r'(?:audit\.|self\._)record,?\(?\s*"([a-z-]+)"', text)
     said += re.findall(r'closing\.callback\((?:daemon\.)?audit\.record, "([a-z-]+)"', text)
     said += re.findall(r'self\._record\("([a-z-]+)"|kind = "([a-z-]+)" if .* else "([a-z-]+)"', text)
-    permission = (ROOT / "clients/fedseek_site/permission.py").read_text("utf-8")
-    said += re.findall(r'self\._tell\("([a-z-]+)"', permission)
+    for name in ("permission", "release_permission"):
+        permission = (ROOT / f"clients/fedseek_site/{name}.py").read_text("utf-8")
+        said += re.findall(r'self\._tell\("([a-z-]+)"', permission)
     told = {name for found in said for name in ([found] if isinstance(found, str) else found) if name}
     told |= {kind for kind, _ in re.findall(r'\("(node-[a-z]+)", (added|removed)\)', text)}
     told |= {*audit_lines.OWN_KINDS, *desk.AUDITED.values(), *playing.AUDITED.values()}

@@ -17,7 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedseek.errors import CohortTooSmall, Malformed
 from fedseek_server import app as server_app
-from fedseek_server.coordinator import Exchange
+from fedseek_server.exchange import Exchange
 from fedseek_site import app as site_app
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -207,6 +207,14 @@ def test_the_weight_of_a_site_is_capped_only_when_records_count():
     assert checked(cohort__record_cap=500, cohort__weighting="records").weight_cap == 500
 
 
+def test_a_cap_on_records_a_unit_that_would_do_nothing_is_refused():
+    capped = {"privacy__max_records_per_unit": 5}
+    assert checked(**capped, kinds__bank__unit="record").spec.privacy.max_records_per_unit == 5
+    found = problems(**capped, kinds__bank__unit="record", kinds__hospital__unit="record")
+    assert [problem.split(": ")[0] for problem in found] == ["privacy.max_records_per_unit"]
+    assert 'every kind\'s unit is "record"' in found[0]
+
+
 def test_a_delta_that_calls_for_no_noise_is_refused():
     found = problems(privacy__delta=0.009, training__sampling_probability=0.001, training__rounds=1)
     assert any("not below the chance" in problem for problem in found)

@@ -1,191 +1,207 @@
+"""The release gate, a test for each check that trips it; and the model card."""
+
 import dataclasses
-import json
+import math
 
 import msgspec
 import pytest
 import yaml
+from bundled import RUN, Signers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedseek.dp.accounting import PrivacySpend
 from fedseek.dp.guards import TRAINING_GUARDS
 from fedseek.errors import ReleaseRefused
-from fedseek.release import (
-    NOT_COVERED,
-    PrivacyStatement,
-    describe_statement,
-    model_card,
-    privacy_statement,
-    statement_bytes,
-)
+from fedseek.release import approvals_wanted, check_release, model_card, released_config
+from fedseek.statement import CanaryAudit, privacy_statement
 
-RUN, SITE = "试运行-1", "仁济医院"
+SITE, NAN = "仁济医院", math.nan
 
 
 @pytest.fixture(scope="module")
 def private(tiny_plan):
-    return tiny_plan(private=True)
+    """With a floor on utility."""
+    kinds = {"hospital": {"labels": ["急诊", "普通", "自理"], "unit": "patient", "min_utility": 0.75}}
+    return Signers.of(tiny_plan(private=True, kinds=kinds))
 
 
 @pytest.fixture(scope="module")
 def public(tiny_plan):
-    return tiny_plan()
+    return Signers.of(tiny_plan())
 
 
-def state(plan, **changes) -> PrivacyStatement:
-    """The statement of the site after the whole run, if nothing went wrong; ``changes`` is what did."""
-    earned = {"spend": plan.spend_after(2), "guards_passed": TRAINING_GUARDS if plan.privacy else (), "steps": 4}
-    spoken_of = {"adapter_sha256": "ab" * 32, "digests": {"global": b"\x01" * 32, "kind/hospital": b"\x02" * 32}}
-    return privacy_statement(plan, run=RUN, site=SITE, kind="hospital", **{**earned, **spoken_of, **changes})
-
-
-def refused(plan, **changes) -> str:
-    with pytest.raises(ReleaseRefused) as caught:
-        state(plan, **changes)
-    assert SITE in caught.value.message
-    assert "no epsilon" in caught.value.hint
-    return caught.value.message
-
-
-def test_a_statement_says_what_was_earned(private):
-    said = state(private)
-    assert (said.run, said.site, said.kind, said.plan_digest) == (RUN, SITE, "hospital", private.digest)
-    assert (said.mechanism, said.unit, said.num_steps) == ("dp-sgd", "patient", 4)
-    assert said.neighboring_relation == "add or remove one unit"
-    assert said.epsilon == private.spend_after(2).epsilon() <= 8.0
-    assert said.epsilon_second_opinion >= said.epsilon
-    assert (said.delta, said.l2_clip_norm, said.sampling_probability) == (1e-3, 1.0, 0.5)
-    assert said.noise_multiplier == private.privacy.noise_multiplier
-    assert set(said.guards_passed) == set(TRAINING_GUARDS)
-    assert "privacy loss distribution" in said.accountant
-    assert said.adapter_sha256 == "ab" * 32
-    assert said.tensors == {"global": "01" * 32, "kind/hospital": "02" * 32}
-
-
-def test_a_run_that_stopped_early_states_what_it_spent_and_not_the_plans_target(private):
-    half = state(private, spend=private.spend_after(1), steps=2)
-    assert half.epsilon < state(private).epsilon
-    assert half.num_steps == 2
-
-
-def test_no_statement_without_a_spend(private):
-    assert "4 steps trained, 0 accounted" in refused(private, spend=None)
-
-
-def test_no_statement_without_guards(private):
-    message = refused(private, guards_passed=())
-    for guard in TRAINING_GUARDS:
-        assert guard in message
-
-
-@pytest.mark.parametrize("guard", TRAINING_GUARDS)
-def test_no_statement_when_one_guard_did_not_report(private, guard):
-    assert f"guards not passed: {guard};" in refused(private, guards_passed=[g for g in TRAINING_GUARDS if g != guard])
-
-
-@pytest.mark.parametrize(("accounted", "trained"), [(3, 4), (5, 4), (0, 4), (2, 4)])
-def test_no_statement_when_steps_and_spend_differ(private, accounted, trained):
-    spend = PrivacySpend(private.privacy).after(accounted)
-    assert f"{trained} steps trained, {accounted} accounted" in refused(private, spend=spend, steps=trained)
-
-
-def test_no_statement_about_another_mechanism_than_the_plans(private):
-    louder = dataclasses.replace(private.privacy, noise_multiplier=private.privacy.noise_multiplier * 10)
-    refused(private, spend=PrivacySpend(louder).after(4))
-
-
-def test_no_epsilon_where_the_plan_promises_none(public):
-    said = state(public)
-    assert said.mechanism == "none"
-    assert said.accountant == "none"
-    figures = ("epsilon", "epsilon_second_opinion", "delta", "noise_multiplier", "l2_clip_norm")
-    assert [getattr(said, name) for name in figures] == [None] * len(figures)
-    assert said.guards_passed == ()
-
-
-def test_a_spend_without_a_promise_is_refused_and_earns_no_epsilon(private, public):
-    refused(public, spend=private.spend_after(2))
-
-
-# --- JSON
-
-
-@pytest.mark.parametrize("plan_name", ["private", "public"])
-def test_the_signed_json_comes_back_as_the_same_statement(plan_name, request):
-    said = state(request.getfixturevalue(plan_name))
-    data = statement_bytes(said)
-    assert msgspec.json.decode(data, type=PrivacyStatement) == said
-    assert SITE.encode() in data
-    assert data.endswith(b"}\n")
-    document = json.loads(data)
-    assert document["epsilon"] == said.epsilon
-    assert document["not_covered"] == list(NOT_COVERED)
-    assert statement_bytes(said) == data
-
-
-def test_a_json_statement_with_a_field_too_many_or_too_few_is_no_statement(private):
-    document = json.loads(statement_bytes(state(private)))
-    for wrong in ({**document, "epsilon_is": 0.1}, {k: v for k, v in document.items() if k != "epsilon"}):
-        with pytest.raises(msgspec.ValidationError):
-            msgspec.json.decode(json.dumps(wrong), type=PrivacyStatement)
-
-
-# --- words
-
-
-def test_not_covered_names_every_limit_of_the_guarantee():
-    for limit in (
-        "took part",
-        "held back for evaluation",
-        "base model",
-        "other runs on the same data",
-        "more than one record of a person where the unit is the record",
-        "in a sum of two sites each can subtract its own",
-        "more sites work with the coordinator than the plan says",
-    ):
-        assert any(limit in line for line in NOT_COVERED), limit
-
-
-def test_the_statement_in_words_has_unit_epsilon_delta_and_guards(private):
-    text = describe_statement(state(private))
-    epsilon = f"{state(private).epsilon:.2f}"
-    assert f"**({epsilon}, 0.001)-differential privacy** for one patient" in text
-    assert "add or remove one unit" in text
-    assert "4 steps" in text
-    assert f"noise multiplier {private.privacy.noise_multiplier:.3f}" in text
-    for guard in TRAINING_GUARDS:
-        assert guard in text
-
-
-def test_the_statement_in_words_promises_nothing_that_was_not_earned(public, private):
-    for said in (state(public), msgspec.structs.replace(state(private), epsilon=None)):
-        text = describe_statement(said)
-        assert "No privacy guarantee" in text
-        assert "differential privacy" not in text
-        assert "epsilon" not in text
-
-
-def card(plan, *statements, utility=None) -> str:
-    return model_card(
-        plan, run=RUN, statements=statements or [state(plan)], utility=utility or {}, base="package:some-model"
+def audit(released_adapter=0.5, every_round=1.0, canaries=64, confidence=0.95):
+    return CanaryAudit(
+        canaries=canaries, confidence=confidence, released_adapter=released_adapter, every_round=every_round
     )
 
 
+def spend(signers, steps):
+    return PrivacySpend(signers.plan.privacy, steps)
+
+
+def louder(signers):
+    params = dataclasses.replace(signers.plan.privacy, noise_multiplier=signers.plan.privacy.noise_multiplier * 10)
+    return PrivacySpend(params, 4)
+
+
+def refused(signers, **changes):
+    with pytest.raises(ReleaseRefused) as caught:
+        check_release(signers.plan, signers.outcome(SITE, **changes))
+    assert caught.value.exit_code == 7
+    return caught.value
+
+
+TRIPS = {
+    "a step that the accountant does not know": (lambda s: {"steps": 5}, "budget", "5 trained, 4 accounted"),
+    "a step that was accounted and not trained": (lambda s: {"steps": 3}, "budget", "3 trained, 4 accounted"),
+    "no spend": (lambda s: {"spend": None}, "budget", "0 accounted"),
+    "the spend of another mechanism": (lambda s: {"spend": louder(s)}, "budget", "4 trained, 4 accounted"),
+    "a step that the ledger does not know": (lambda s: {"steps_spent": 3}, "budget", "3 in the ledger"),
+    "a step more than the plan has": (
+        lambda s: {"steps": 5, "spend": spend(s, 5), "steps_spent": 5},
+        "budget",
+        "wanted <= 4",
+    ),
+    "a ledger with more than the plan has": (lambda s: {"steps_spent": 6}, "budget", "6 in the ledger"),
+    "no guards": (lambda s: {"guards_passed": ()}, "guards", "clipping_applied"),
+    "a guard that does not exist": (
+        lambda s: {"guards_passed": tuple(sorted({*TRAINING_GUARDS, "trust_me"}))},
+        "guards",
+        "unknown trust_me",
+    ),
+    "a guard twice": (
+        lambda s: {"guards_passed": (*sorted(TRAINING_GUARDS), sorted(TRAINING_GUARDS)[-1])},
+        "guards",
+        "",
+    ),
+    "no canary audit": (lambda s: {"audit": None}, "canary-audit", "no outcome"),
+    "fewer canaries than the plan says": (lambda s: {"audit": audit(canaries=8)}, "canary-audit", "8 canaries"),
+    "another confidence": (lambda s: {"audit": audit(confidence=0.51)}, "canary-audit", "0.51"),
+    "an adapter that tells more than is claimed": (
+        lambda s: {"audit": audit(released_adapter=8.1)},
+        "canary-audit",
+        "8.1000",
+    ),
+    "rounds that tell more than is claimed": (lambda s: {"audit": audit(every_round=8.1)}, "canary-audit", "8.1000"),
+    "a bound that is no number": (lambda s: {"audit": audit(released_adapter=NAN)}, "canary-audit", "nan"),
+    "another bound that is no number": (lambda s: {"audit": audit(every_round=NAN)}, "canary-audit", "nan"),
+    "utility below the floor": (lambda s: {"utility": 0.7499}, "utility", "0.7499, wanted >= 0.75"),
+    "no figure of utility": (lambda s: {"utility": None}, "utility", "no figure"),
+    "utility that is no number": (lambda s: {"utility": NAN}, "utility", "nan"),
+    "too few sites in the adapter": (lambda s: {"contributors": ("a", "b")}, "contributors", "got 2, wanted >= 3"),
+    "an adapter that did not move": (lambda s: {"largest_value": 0.0}, "adapter", "got 0"),
+    "an adapter that is not finite": (lambda s: {"largest_value": NAN}, "adapter", "nan"),
+    "an adapter that is infinite": (lambda s: {"largest_value": math.inf}, "adapter", "inf"),
+}
+
+
+@pytest.mark.parametrize(("changes", "name", "said"), TRIPS.values(), ids=list(TRIPS))
+def test_the_gate_is_closed_by(private, changes, name, said):
+    error = refused(private, **changes(private))
+    assert f"does not release run {RUN!r}: {name}: " in error.message
+    assert said in error.message
+    assert "nothing is released" in error.hint
+
+
+@pytest.mark.parametrize("guard", TRAINING_GUARDS)
+def test_one_guard_that_did_not_report_closes_the_gate(private, guard):
+    passed = tuple(sorted(set(TRAINING_GUARDS) - {guard}))
+    assert f"guards: got {len(passed)}, without {guard}" in refused(private, guards_passed=passed).message
+
+
+def test_the_first_failure_is_the_message_and_the_others_are_in_the_hint(private):
+    error = refused(private, utility=0.1, largest_value=0.0, contributors=())
+    assert "utility: got 0.1000" in error.message
+    assert "contributors" not in error.message
+    assert "contributors: got 0" in error.hint
+    assert "adapter: got 0" in error.hint
+
+
+def test_an_open_gate_lists_every_check_once(private):
+    checks = check_release(private.plan, private.outcome(SITE))
+    got = {check.name: (check.wanted, check.got) for check in checks}
+    assert got["budget"] == ("<= 4", "4")
+    assert got["contributors"] == (">= 3", "4")
+    assert got["adapter"] == ("> 0, < inf", "0.25")
+    assert got["epsilon"][0] == "<= 8"
+    assert len(got) == len(checks) == 7
+
+
+@given(utility=st.floats(0.75, 1.0))
+def test_nobody_is_told_the_figure_of_utility(private, utility):
+    """It was computed on held-back records without noise."""
+    told = check_release(private.plan, private.outcome(SITE, utility=utility))
+    assert told == check_release(private.plan, private.outcome(SITE, utility=0.75))
+
+
+@given(released=st.floats(0, 20), every=st.floats(0, 20))
+def test_the_gate_is_open_exactly_up_to_the_stated_epsilon(private, released, every):
+    claimed = private.plan.spend_after(2).epsilon()
+    outcome = private.outcome(SITE, audit=audit(released, every))
+    if max(released, every) <= claimed:
+        check_release(private.plan, outcome)
+    else:
+        with pytest.raises(ReleaseRefused, match="canary-audit"):
+            check_release(private.plan, outcome)
+
+
+def test_the_audit_is_held_against_what_was_spent_and_not_against_the_plans_target(private):
+    half = {"steps": 2, "spend": spend(private, 2)}
+    claimed = spend(private, 2).epsilon()
+    assert "canary-audit" in refused(private, **half, audit=audit(every_round=claimed + 0.01)).message
+    check_release(private.plan, private.outcome(SITE, **half, audit=audit(every_round=claimed - 0.01)))
+
+
+def test_a_plan_that_promises_nothing_asks_for_no_epsilon(public):
+    got = {check.name: (check.wanted, check.got) for check in check_release(public.plan, public.outcome(SITE))}
+    assert got["epsilon"] == got["canary-audit"] == got["utility"] == ("-", "-")
+    assert "adapter" in refused(public, largest_value=0.0).message
+    assert "canary-audit" in refused(public, audit=audit()).message
+
+
+def test_canaries_are_wanted_where_the_plan_asks_for_them_though_it_promises_nothing(tiny_plan):
+    asked = Signers.of(tiny_plan(audit={"canaries": 64}))
+    check_release(asked.plan, asked.outcome(SITE, audit=audit(every_round=99.0)))
+    assert "canary-audit" in refused(asked, audit=None).message
+
+
+def test_a_plan_may_do_without_canaries_and_that_is_said(tiny_plan):
+    without = Signers.of(tiny_plan(private=True, audit={"canaries": 0}))
+    outcome = without.outcome(SITE, audit=None)
+    assert privacy_statement(without.plan, outcome, checks=check_release(without.plan, outcome)).audit is None
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [(None, 2), (3, 3)])
+def test_how_many_must_approve(tiny_plan, asked, wanted):
+    plan = tiny_plan(release={} if asked is None else {"min_approvals": asked})
+    assert approvals_wanted(plan, ["a", "b"]) == wanted
+
+
+# --- model card
+
+
+def state(signers, **changes):
+    return msgspec.structs.replace(signers.statement(SITE), **changes)
+
+
+def card(signers, *statements, utility=None) -> str:
+    told = list(statements) or [state(signers)]
+    return model_card(signers.plan, run=RUN, statements=told, utility=utility or {}, base="package:some-model")
+
+
 def test_the_model_card_of_a_private_run_states_every_site(private):
-    other = msgspec.structs.replace(state(private), site="北岸银行", kind="bank", unit="record")
+    other = state(private, site="北岸银行", kind="bank", unit="record")
     text = card(private, state(private), other, utility={"bank": 0.875})
     assert text.startswith("---\nlibrary_name: peft\nbase_model: package:some-model\n")
-    assert "differential-privacy" in text.split("---")[1]
-    assert f"### {SITE} (hospital)" in text
-    assert "### 北岸银行 (bank)" in text
-    assert text.count("-differential privacy** for one") == 2
-    assert "for one patient" in text
-    assert "for one record" in text
-    assert "0.001" in text
+    assert f"- {SITE} (hospital): **(8.00, 0.001)-differential privacy** for one patient" in text
+    assert "- 北岸银行 (bank): **(8.00, 0.001)-differential privacy** for one record" in text
     assert "- `bank`: 2 labels, accuracy on held-back rows 0.875" in text
     assert "- `hospital`: 3 labels, accuracy on held-back rows not disclosed" in text
-    assert f"plan `{private.digest}`" in text
-    assert private.spec.model.sha256 in text
-    for line in NOT_COVERED:
-        assert f"- {line}\n" in text
+    assert f"plan `{private.plan.digest}`" in text
+    assert private.plan.spec.model.sha256 in text
+    assert "[PRIVACY.zh.md](PRIVACY.zh.md)" in text
 
 
 def test_the_model_card_has_no_epsilon_and_no_such_tag_when_none_was_earned(public):
@@ -197,12 +213,21 @@ def test_the_model_card_has_no_epsilon_and_no_such_tag_when_none_was_earned(publ
 
 
 def test_one_site_without_a_guarantee_takes_the_tag_from_the_whole_card(private):
-    without = msgspec.structs.replace(state(private), epsilon=None)
+    without = state(private, epsilon=None)
     assert "differential-privacy" not in card(private, state(private), without).split("---")[1]
-    assert "differential-privacy" not in model_card(private, run=RUN, statements=[], utility={}, base="b")
+    nobody = model_card(private.plan, run=RUN, statements=[], utility={}, base="b")
+    assert "differential-privacy" not in nobody
 
 
 def test_the_metadata_block_is_yaml(private):
     block = yaml.safe_load(card(private).split("---")[1])
     assert block["tags"] == ["lora", "federated-learning", "differential-privacy"]
     assert block["base_model"] == "package:some-model"
+
+
+def test_the_configuration_follows_from_the_plan_alone(tiny_plan):
+    """In PEFT's own, modules are a set, in an order that changes from process to process."""
+    one = tiny_plan(lora={"target_modules": ["value", "query", "value"], "layers": [1, 0]})
+    other = tiny_plan(lora={"target_modules": ["query", "value"], "layers": [0, 1]})
+    assert released_config(one) == released_config(other)
+    assert released_config(one) != released_config(tiny_plan(lora={"rank": 3}))

@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINING = ("torch", "transformers", "opacus", "peft", "safetensors", "sklearn")
+TRAINING = ("torch", "transformers", "opacus", "peft", "sklearn")
 GROUPS = ("server", "courier")
 
 

@@ -6,8 +6,11 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from fedseek.dp import guards
+from fedseek import train
+from fedseek.dp import guards, private_step
 from fedseek.dp.accounting import PrivacyParams, PrivacySpend
+from fedseek.dp.noise import SecretGaussian
+from fedseek.dp.sampling import Draw
 from fedseek.errors import GuardTripped, InvalidRecords
 from fedseek.lora.model import AdapterModel, LoraParams, build_model
 from fedseek.records import TokenisedRecords
@@ -102,6 +105,39 @@ def test_the_probability_of_a_loader_instead_of_the_plans_trips():
     privacy = PrivacyParams(noise_multiplier=1.0, sampling_probability=16 / 40, delta=1e-5, l2_clip_norm=0.5)
     with pytest.raises(GuardTripped, match="sampling_from_plan"):
         private_round(tiny_model(), toy_records(), settings, privacy)
+
+
+class OfOneSize(train.PoissonUnitSampler):
+    """As many units as Poisson sampling has on average, without replacement."""
+
+    def draw(self, step):
+        chosen = np.sort(self._generator.choice(self.num_units, round(self.expected_batch_size), replace=False))
+        return Draw(step, chosen, chosen)
+
+
+def test_a_swapped_sampler_trips(monkeypatch):
+    monkeypatch.setattr(train, "PoissonUnitSampler", OfOneSize)
+    with pytest.raises(GuardTripped, match="draws_independent"):
+        private_round(tiny_model(), toy_records())
+
+
+def test_a_statistical_generator_behind_the_draws_trips(monkeypatch):
+    monkeypatch.setattr(train, "secret_generator", np.random.default_rng)
+    with pytest.raises(GuardTripped, match=r"cryptographic_randomness.*draws"):
+        private_round(tiny_model(), toy_records())
+
+
+class StatisticalNoise(SecretGaussian):
+    """Seeded by the operating system, but by a generator that whoever has seen enough of it can continue."""
+
+    def __init__(self):
+        self._generator = np.random.default_rng()
+
+
+def test_a_statistical_generator_behind_the_noise_trips(monkeypatch):
+    monkeypatch.setattr(private_step, "SecretGaussian", StatisticalNoise)
+    with pytest.raises(GuardTripped, match=r"cryptographic_randomness.*noise"):
+        private_round(tiny_model(), toy_records())
 
 
 class CoupledModel(nn.Module):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedseek.errors import InvalidPlan, PlanRefused, WrongModel
+from fedseek.errors import InvalidPlan, PlanRefused, UnsupportedMechanism, WrongModel
 from fedseek.identity.roster import Roster, RosterEntry
 from fedseek.lora.source import check_model, locate_model
 from fedseek.plan import Plan
-from fedseek.records import Records
+from fedseek.records import Records, cap_records
 from fedseek_site.journal import MAX_KEPT_BYTES
 
 ROOM_BESIDE_WEIGHTS = 50_000_000  # bytes of a state for plan, keys and shares
@@ -112,6 +112,26 @@ def check_room(plan: Plan, num_values: int, *, me: str) -> None:
         )
 
 
+def check_site_level(plan: Plan, num_values: int, *, me: str) -> None:
+    """Does the adapter fit the grid on which the guarantee for whole sites was sized? Else a round would be for nothing.
+
+    Raises:
+        PlanRefused: rounding would take more than half of the clip norm.
+    """
+    if plan.site_level is None:
+        return
+    try:
+        plan.site_level.largest_norm(num_values)
+    except UnsupportedMechanism as error:
+        raise PlanRefused(me, error.message, hint=error.hint) from error
+
+
 def units_for(plan: Plan, kind: str, records: Records) -> Records:
-    """The records with the privacy unit the plan asks for: as the unit column says, or each on its own."""
-    return records.as_single_records() if plan.spec.kinds[kind].unit == "record" else records
+    """The records to train on, with the privacy unit of the plan: as the unit column says, or each on its own.
+
+    Of a customer or patient with more records than the plan's ``max_records_per_unit``, so many.
+    """
+    if plan.spec.kinds[kind].unit == "record":
+        return records.as_single_records()
+    cap = plan.spec.privacy.max_records_per_unit
+    return records if cap is None else cap_records(records, cap, seed=plan.seed_for("max_records_per_unit"))

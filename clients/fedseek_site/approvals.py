@@ -3,14 +3,13 @@
 One SQLite file of mode 0600. Nothing in it is secret, and an approval in it proves nothing by being there: signatures
 are verified again, against the policy of the day, each time approvals are counted. What the file alone knows is what
 was withdrawn, what was admitted, and whether the site is paused; so it belongs in the site's backups, and an older
-copy is not to be put back: it has forgotten what was spent.
+copy is not to be put back. What was spent is elsewhere, in ``fedseek_site.ledger``.
 
 Durability is that of ``fedseek.daemon.database``.
 """
 
 from __future__ import annotations
 
-import math
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,7 +39,7 @@ _SCHEMA: Final = (
     " canonical BLOB NOT NULL, at REAL NOT NULL, UNIQUE (digest, roster))",
     "CREATE TABLE approvals (plan TEXT NOT NULL, roster TEXT NOT NULL, person TEXT NOT NULL, at INTEGER NOT NULL,"
     " signature BLOB NOT NULL, withdrawn_at REAL, PRIMARY KEY (plan, roster, person))",
-    # epsilon is NULL for a run that promised nothing
+    # epsilon as its plan states it, for people to read; NULL for a run that promised nothing
     "CREATE TABLE runs (run TEXT PRIMARY KEY, plan TEXT NOT NULL, roster TEXT NOT NULL, dataset TEXT NOT NULL,"
     " epsilon REAL, delta REAL, at REAL NOT NULL)",
     "CREATE TABLE pauses (at REAL NOT NULL)",
@@ -196,7 +195,7 @@ class Approvals:
     # --- runs ---
 
     def admit(self, run: str, plan: Plan, roster: Roster, *, dataset: str, at: float) -> None:
-        """Write down that this run begins, and with it what it may spend; the same again changes nothing.
+        """Write down that this run begins; the same again changes nothing.
 
         Raises:
             WrongRound: it began with another plan or roster.
@@ -227,12 +226,6 @@ class Approvals:
         """Was a run admitted here among these very sites?"""
         with self._transaction() as db:
             return db.execute("SELECT 1 FROM runs WHERE roster = ?", (roster,)).fetchone() is not None
-
-    def spent_epsilon(self, dataset: str) -> float:
-        """Epsilon of all runs admitted on this data set, added up; infinity if one of them promised nothing."""
-        with self._transaction() as db:
-            rows = db.execute("SELECT epsilon FROM runs WHERE dataset = ?", (dataset,)).fetchall()
-        return math.fsum(math.inf if epsilon is None else epsilon for (epsilon,) in rows)
 
     # --- pause ---
 

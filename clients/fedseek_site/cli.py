@@ -15,6 +15,7 @@ from fedseek.daemon.audit_commands import AuditSource, audit_group
 from fedseek.daemon.console import run
 from fedseek.daemon.process import start_log, stop_on_signals
 from fedseek_site import enrol_commands, people_commands
+from fedseek_site.budget_command import budget
 from fedseek_site.enrol_commands import folder_option
 
 
@@ -72,7 +73,7 @@ def _audit_source(folder: Path) -> AuditSource:
     return AuditSource(Paths(folder).audit, site.identity.name, site.identity.public().signing_key, site.record_keys)
 
 
-for command in (*enrol_commands.COMMANDS, *people_commands.COMMANDS):
+for command in (*enrol_commands.COMMANDS, *people_commands.COMMANDS, budget):
     cli.add_command(command)
 cli.add_command(audit_group(_audit_source, program="fedseek-site", folder=Path("site")))
 

@@ -44,8 +44,8 @@ def standing_of(site: str, run: str, state: SiteState) -> Standing | None:
 def continue_run(me: str, offer: PlanOffer, run: str | None, state: SiteState | None) -> SiteState:
     """The state in which a new run begins here that goes on from another.
 
-    Weights, steps, their privacy and the guards are taken over; a head that stays at home as it is now, which may be
-    a round ahead of the rest.
+    Weights, steps, their privacy, the guards and the canaries are taken over; a head that stays at home as it is now,
+    which may be a round ahead of the rest. What a sum showed of the canaries was seen, though it is applied no more.
 
     Args:
         me: this site.

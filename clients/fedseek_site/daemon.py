@@ -28,12 +28,14 @@ from fedseek_site.config import POLICY_FILE, SiteConfig, load_config, read_site_
 from fedseek_site.courier import courier
 from fedseek_site.desk import Desk
 from fedseek_site.enrol import SiteFolder, open_site
+from fedseek_site.ledger_opening import open_ledger
 from fedseek_site.lending import group_number, lend
 from fedseek_site.local_answers import answer_from
 from fedseek_site.local_api import LocalApi, RecordAccepted, serve_local
 from fedseek_site.paths import Paths, courier_settings
 from fedseek_site.permission import Permission
 from fedseek_site.policy import load_policy
+from fedseek_site.release_approvals import ReleaseApprovals
 from fedseek_site.socket_service import serve
 
 GRACE_SECONDS: Final = 2.0  # that calls under way have to end
@@ -86,15 +88,7 @@ def serving(site: SiteFolder, config: SiteConfig, paths: Paths, changed: Callabl
                 "units": data.train.num_units,
             }
         )
-        approvals = Approvals(paths.approvals)
-        closing.callback(approvals.close)
-        permission = Permission(
-            site=site.identity.name,
-            policy_path=paths.folder / POLICY_FILE,
-            approvals=approvals,
-            dataset=config.data.name,
-            record=audit.record,
-        )
+        permission = _permission(site, config, paths, audit, closing)
         desk = Desk.open(
             site,
             permission,
@@ -171,6 +165,36 @@ def fingerprint_of(path: Path) -> str:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _permission(
+    site: SiteFolder, config: SiteConfig, paths: Paths, audit: AuditChain, closing: ExitStack
+) -> Permission:
+    """The site's word "no", over its approvals and its ledger, which ``closing`` closes."""
+    policy_path = paths.folder / POLICY_FILE
+    approvals = Approvals(paths.approvals)
+    closing.callback(approvals.close)
+    release_approvals = ReleaseApprovals(paths.release_approvals)
+    closing.callback(release_approvals.close)
+    ledger = open_ledger(
+        paths.ledger,
+        site.storage_key,
+        dataset=config.data.name,
+        site=site.identity.name,
+        policy_path=policy_path,
+        audit=audit,
+        audit_folder=paths.audit,
+    )
+    closing.callback(ledger.close)
+    return Permission(
+        site=site.identity.name,
+        policy_path=policy_path,
+        approvals=approvals,
+        release_approvals=release_approvals,
+        ledger=ledger,
+        dataset=config.data.name,
+        record=audit.record,
+    )
 
 
 def _audit_chain(site: SiteFolder, paths: Paths) -> AuditChain:

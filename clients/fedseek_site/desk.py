@@ -32,6 +32,7 @@ from fedseek_site.service import SiteService
 AUDITED = {  # what the service tells, and what it is called in the audit record
     "answered": "answered",
     "refused": "refused",
+    "ledger": "ledger",
     "round": "spent",
     "applied": "applied",
     "given-up": "given-up",
@@ -102,9 +103,11 @@ class Desk:
             roster=site.trusted,
             state_folder=state,
             storage_key=site.storage_key,
+            ledger=permission.ledger,
             release_folder=release,
             observe=observe,
             permit=lambda *asked: desk.permit(*asked),
+            permit_release=permission.releases.permit,
         )
         desk = cls(site, service, audit, permission, changed)
         return desk

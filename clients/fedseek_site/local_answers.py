@@ -15,8 +15,16 @@ import msgspec
 from fedseek.errors import InvalidConfig
 from fedseek.identity.roster import Roster, parse_roster
 from fedseek.plan import Plan, plan_from_canonical
-from fedseek_site.approvals import Noticed
+from fedseek_site.approvals import Approvals, Noticed
+from fedseek_site.budget import BudgetAsked, Planned, RunEnded, as_document, budget_of
+from fedseek_site.ledger_opening import limit_of
 from fedseek_site.local_api import Json, LocalApi, PlanAsked, RecordAccepted, Withdrawal
+from fedseek_site.local_releases import (
+    local_approve_release,
+    local_release,
+    local_releases,
+    local_withdraw_release,
+)
 from fedseek_site.people import PlanApproval
 from fedseek_site.permission import Permission
 
@@ -68,6 +76,12 @@ def answer_from(
         plan=lambda asked: local_plan(permission, asked),
         approve=lambda approval: local_approve(permission, approval),
         withdraw=lambda asked: local_withdraw(permission, asked),
+        budget=lambda asked: local_budget(permission, asked),
+        end_run=lambda asked: local_end_run(permission, asked),
+        releases=lambda: local_releases(permission.releases),
+        release=lambda asked: local_release(permission.releases, asked),
+        approve_release=lambda approval: local_approve_release(permission.releases, approval),
+        withdraw_release=lambda asked: local_withdraw_release(permission.releases, asked),
         pause=lambda: local_pause(permission),
         resume=lambda: local_resume(permission),
         data=data,
@@ -85,7 +99,13 @@ def local_status(permission: Permission) -> dict[str, Any]:
         policy = permission.policy()
     except InvalidConfig as error:
         return {**told, "policy": "unusable", "problems": list(error.problems)}
-    return {**told, "policy": policy.digest(), "problems": [], "approvals_required": policy.approval.required}
+    return {
+        **told,
+        "policy": policy.digest(),
+        "problems": [],
+        "approvals_required": policy.approval.required,
+        "release_approvals_required": policy.approval.releases,
+    }
 
 
 def local_plans(permission: Permission) -> dict[str, Any]:
@@ -138,6 +158,41 @@ def local_resume(permission: Permission) -> dict[str, Any]:
     """Take part again."""
     permission.resume()
     return {"paused": False}
+
+
+def local_budget(permission: Permission, asked: BudgetAsked) -> dict[str, Any]:
+    """What the site's data has cost, and what a plan would cost.
+
+    Raises:
+        InvalidPlan: no plan announced here begins so, or several do.
+        InvalidConfig: the policy cannot be used, so there is no limit to measure by.
+    """
+    entries, data = permission.ledger.entries()
+    planned = planned_of(permission.approvals, asked)
+    return as_document(budget_of(entries, data, limit_of(permission.policy()), planned))
+
+
+def planned_of(approvals: Approvals, asked: BudgetAsked) -> Planned | None:
+    """The plan whose cost is asked: as given, as announced, or the newest announced that no run has used.
+
+    Raises:
+        InvalidPlan: no plan announced here begins so, or several do.
+    """
+    if asked.planned is not None:
+        return asked.planned
+    if asked.plan:
+        return Planned.of(approvals.get(asked.plan).plan)
+    unused = (
+        noticed.plan
+        for noticed in approvals.noticed()
+        if not approvals.runs_of(noticed.plan.digest, noticed.roster.digest().hex())
+    )
+    return next(map(Planned.of, unused), None)
+
+
+def local_end_run(permission: Permission, asked: RunEnded) -> dict[str, Any]:
+    """A run trains no more here; what it had set aside is free."""
+    return {"run": asked.run, "ended": permission.end_run(asked.run)}
 
 
 def _line(permission: Permission, noticed: Noticed) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     operator.sock   status, plans, plan, pause, resume
     steward.sock    status, plans, plan, data, reload_data
     officer.sock    status, plans, plan, approve, withdraw, audit_head, accept_record
+    each of them    releases, release, budget; the officer's: approve_release, withdraw_release, end_run
 
 Whoever can open a socket has its role: mode 0600, or 0660 for a group of the operating system. An approval needs more
 than the socket: the officer's signature. Every call is recorded. The format is local_api.proto.
@@ -29,7 +30,8 @@ from google.protobuf.message import DecodeError
 
 from fedseek.errors import FedseekError, InvalidConfig, LocalRefused, Malformed, Unreachable
 from fedseek.identity.roster import MAX_NAME_CHARS
-from fedseek_site.people import PlanApproval, PlanDigest
+from fedseek_site.budget import BudgetAsked, RunEnded
+from fedseek_site.people import PersonName, PlanApproval, PlanDigest, ReleaseApproval, ReleaseDigest
 from fedseek_site.permission import Record
 from fedseek_site.socket_service import bind_private, free_place, grpc_address
 
@@ -64,7 +66,20 @@ class Withdrawal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whose approvals of which plan are taken back."""
 
     plan: PlanDigest
-    person: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+    person: PersonName
+
+
+class ReleaseAsked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which release: the first hexadecimal digits of its digest, 12 or more."""
+
+    release: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{12,64}\Z")]
+
+
+class ReleaseWithdrawal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whose approval of which release is taken back."""
+
+    release: ReleaseDigest
+    person: PersonName
 
 
 class RecordAccepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,6 +98,12 @@ class LocalApi:
     plan: Callable[[PlanAsked], Json]
     approve: Callable[[PlanApproval], Json]
     withdraw: Callable[[Withdrawal], Json]
+    budget: Callable[[BudgetAsked], Json]
+    end_run: Callable[[RunEnded], Json]
+    releases: Callable[[], Json]
+    release: Callable[[ReleaseAsked], Json]
+    approve_release: Callable[[ReleaseApproval], Json]
+    withdraw_release: Callable[[ReleaseWithdrawal], Json]
     audit_head: Callable[[], Json]
     accept_record: Callable[[RecordAccepted], Json]
     data: Callable[[], Json]
@@ -105,6 +126,12 @@ METHODS: Final[Mapping[str, Method]] = {
     "plan": Method(ROLES, PlanAsked),
     "approve": Method(("officer",), PlanApproval),
     "withdraw": Method(("officer",), Withdrawal),
+    "budget": Method(ROLES, BudgetAsked),
+    "end_run": Method(("officer",), RunEnded),
+    "releases": Method(ROLES),
+    "release": Method(ROLES, ReleaseAsked),
+    "approve_release": Method(("officer",), ReleaseApproval),
+    "withdraw_release": Method(("officer",), ReleaseWithdrawal),
     "audit_head": Method(("officer",)),
     "accept_record": Method(("officer",), RecordAccepted),
     "data": Method(("steward",)),
@@ -249,7 +276,7 @@ class _Counter:
     def _do(self, name: str, method: Method, data: bytes) -> Json:
         asked = _read(data, method.question)
         call: dict[str, Any] = {"role": self._role, "method": name}
-        call |= {field: getattr(asked, field) for field in ("plan", "person") if hasattr(asked, field)}
+        call |= {field: getattr(asked, field) for field in ("plan", "release", "person") if hasattr(asked, field)}
         self._tell({**call, "outcome": "asked"})
         try:
             done = getattr(self._api, name)

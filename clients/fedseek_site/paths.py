@@ -46,6 +46,16 @@ class Paths:
         return self.folder / "approvals.sqlite3"
 
     @property
+    def release_approvals(self) -> Path:
+        """Releases that were drafted, and who approved them."""
+        return self.folder / "releases.sqlite3"
+
+    @property
+    def ledger(self) -> Path:
+        """What the data has cost in privacy; the one file that may never be lost."""
+        return self.folder / "ledger.sqlite3"
+
+    @property
     def courier(self) -> Path:
         """The courier's own folder; nothing in it is worth a backup."""
         return self.folder / "courier"

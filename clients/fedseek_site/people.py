@@ -1,8 +1,9 @@
 """The people of a site and their word: a key of one's own, and what is signed with it.
 
-An approval says: I, a privacy officer of this site, agree that this plan runs here among the sites of this roster. It
-is signed on the officer's machine and verified against the key in the policy, so neither the daemon nor whoever
-administers it can agree in an officer's name.
+An approval of a plan says: I, a privacy officer of this site, agree that this plan runs here among the sites of this
+roster. One of a release says: I have read this privacy statement, and this site may sign it. Each is signed on the
+officer's machine and verified against the key in the policy, so neither the daemon nor whoever administers it can agree
+in an officer's name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from cryptography.hazmat.primitives.serialization import (
 from fedseek.errors import CustodyError, NotNow, WrongKey
 from fedseek.identity.roster import MAX_NAME_CHARS, check_name
 from fedseek.identity.secret_files import read_secret_file, refusing, sync_folder, write_through
-from fedseek.identity.signing import CONTEXT_APPROVAL, SIGNATURE_BYTES, join_fields, sign_with, verify_with
+from fedseek.identity.signing import (
+    CONTEXT_APPROVAL,
+    CONTEXT_RELEASE_APPROVAL,
+    SIGNATURE_BYTES,
+    join_fields,
+    sign_with,
+    verify_with,
+)
 from fedseek.identity.vault import MIN_PASSPHRASE_CHARS
 from fedseek_site.policy import OFFICER, Policy
 
@@ -39,6 +47,9 @@ _LAST_SECOND: Final = 253_402_300_799  # of the year 9999
 _ENCRYPTED_HEAD: Final = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"
 
 PlanDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+ReleaseDigest = PlanDigest
+PersonName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
+Second = Annotated[int, msgspec.Meta(ge=0, le=_LAST_SECOND)]
 Signature = Annotated[bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 
 
@@ -55,8 +66,25 @@ class PlanApproval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     plan: PlanDigest
     roster: PlanDigest
-    person: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
-    at: Annotated[int, msgspec.Meta(ge=0, le=_LAST_SECOND)]
+    person: PersonName
+    at: Second
+    signature: Signature
+
+
+class ReleaseApproval(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One person's yes to one release of this site.
+
+    Attributes:
+        release: its digest, as :func:`fedseek_site.release_approvals.release_digest`: it names run, privacy statement
+            and weights, and the statement names the plan.
+        person: who agrees, by the name in the policy.
+        at: when it was signed, whole Unix seconds: after a withdrawal only a later one counts.
+        signature: Ed25519 over :func:`release_approval_message`, in a context of its own: no approval of a plan is one.
+    """
+
+    release: ReleaseDigest
+    person: PersonName
+    at: Second
     signature: Signature
 
 
@@ -78,16 +106,45 @@ def check_approval(approval: PlanApproval, policy: Policy, *, site: str) -> None
         WrongKey: the person is not in the policy or is no privacy officer, or the signature is not theirs, or it is over
             another plan, roster, site or time.
     """
-    person = policy.approval.people.get(approval.person)
-    if person is None:
-        raise WrongKey(f"{approval.person!r} is not among the people of this site's policy")
-    if person.role != OFFICER:
-        raise WrongKey(f"{approval.person!r} is a {person.role}; approvals are a {OFFICER}'s")
+    key = _officers_key(policy, approval.person)
     message = approval_message(approval.plan, approval.roster, site=site, person=approval.person, at=approval.at)
-    verify_with(person.public_key, CONTEXT_APPROVAL, message, approval.signature, who=repr(approval.person))
+    verify_with(key, CONTEXT_APPROVAL, message, approval.signature, who=repr(approval.person))
 
 
-def check_clock(approval: PlanApproval, *, site: str, now: float) -> None:
+def release_approval_message(release: str, *, site: str, person: str, at: int) -> bytes:
+    """What is signed: the release, the site that would sign it, who says it and when."""
+    return join_fields(release.encode(), site.encode(), person.encode(), at.to_bytes(8, "big"))
+
+
+def sign_release_approval(key: Ed25519PrivateKey, release: str, *, site: str, person: str, at: int) -> ReleaseApproval:
+    """Run by a privacy officer who has read the statement."""
+    message = release_approval_message(release, site=site, person=person, at=at)
+    signature = sign_with(key, CONTEXT_RELEASE_APPROVAL, message)
+    return ReleaseApproval(release=release, person=person, at=at, signature=signature)
+
+
+def check_release_approval(approval: ReleaseApproval, policy: Policy, *, site: str) -> None:
+    """Does this count, by the policy as it is now?
+
+    Raises:
+        WrongKey: the person is not in the policy or is no privacy officer, or the signature is not theirs, or it is over
+            another release, site or time, or over a plan.
+    """
+    key = _officers_key(policy, approval.person)
+    message = release_approval_message(approval.release, site=site, person=approval.person, at=approval.at)
+    verify_with(key, CONTEXT_RELEASE_APPROVAL, message, approval.signature, who=repr(approval.person))
+
+
+def _officers_key(policy: Policy, name: str) -> bytes:
+    person = policy.approval.people.get(name)
+    if person is None:
+        raise WrongKey(f"{name!r} is not among the people of this site's policy")
+    if person.role != OFFICER:
+        raise WrongKey(f"{name!r} is a {person.role}; approvals are a {OFFICER}'s")
+    return person.public_key
+
+
+def check_clock(approval: PlanApproval | ReleaseApproval, *, site: str, now: float) -> None:
     """An approval from the future could outlive a withdrawal.
 
     Raises:

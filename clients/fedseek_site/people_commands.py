@@ -1,4 +1,4 @@
-"""Commands of ``fedseek-site`` for the site's people: look at plans, approve them, pause, check the policy.
+"""Commands of ``fedseek-site`` for the site's people: look at plans and releases, approve them, pause, check the policy.
 
 They ask the daemon over the socket of a role (``fedseek_site.local_api``). A private key is read where the command runs
 and never sent: what goes to the daemon is a signature.
@@ -22,8 +22,10 @@ from fedseek.errors import Malformed
 if TYPE_CHECKING:  # commands import what they need: a help page should not wait for the accountant
     from fedseek.identity.roster import Roster
     from fedseek.plan import Plan
+    from fedseek_site.local_releases import ReleaseShown
 
 PASSPHRASE_VARIABLE = "FEDSEEK_PERSON_PASSPHRASE"  # noqa: S105 -- its name, not a secret
+MIN_PREFIX = 12  # hexadecimal digits of a digest; a shorter one names nothing
 
 folder_option = click.option(  # people may pass through the folder to its sockets, and not look around in it
     "--folder",
@@ -31,6 +33,9 @@ folder_option = click.option(  # people may pass through the folder to its socke
     default=Path("site"),
     show_default=True,
     help="The site's folder.",
+)
+language_option = click.option(
+    "--language", type=click.Choice(["en", "zh"]), default="en", show_default=True, help="Of a privacy statement."
 )
 
 
@@ -63,21 +68,51 @@ def plans(folder: Path, as_json: bool, digest: str | None) -> None:
         click.echo("no plan was announced to this site")
 
 
+@click.command(epilog="Example: fedseek-site releases")
+@folder_option
+@json_option
+@language_option
+@click.argument("digest", required=False)
+def releases(folder: Path, as_json: bool, language: str, digest: str | None) -> None:
+    """What this site would sign or has signed; with the first 12 digits of a DIGEST, that privacy statement in words."""
+    if digest is not None:
+        if (shown := _release(folder, digest)) is None:
+            raise click.UsageError(f"no release drafted here begins with {digest!r}")
+        _show_release(shown, language, as_json=as_json)
+        return
+    told = _ask(folder, "releases")
+    if as_json:
+        click.echo(json.dumps(told, ensure_ascii=False))
+        return
+    for line in told["releases"]:
+        by = f", approved by {', '.join(line['approved_by'])}" if line["approved_by"] else ""
+        why = f" ({line['rule']})" if line["rule"] else ""
+        click.echo(f"{line['digest'][:16]}  run {line['run']}  {line['status']}{why}{by}")
+    if not told["releases"]:
+        click.echo("this site has drafted no release")
+
+
 @click.command(epilog='Example: fedseek-site approve 3f2a9c01b7de --person "张伟" --key officer.pem')
 @folder_option
 @json_option
+@language_option
 @click.argument("digest")
 @click.option("--person", required=True, help="Your name, as in the policy.")
 @click.option("--key", "key_file", type=click.Path(path_type=Path), required=True, help="Your key file.")
 @click.option("--yes", is_flag=True, help="Do not ask whether you have read it.")
-def approve(folder: Path, as_json: bool, digest: str, person: str, key_file: Path, yes: bool) -> None:
-    """Approve the plan whose DIGEST begins so: see it in plain words, then sign it. For a privacy officer.
+def approve(folder: Path, as_json: bool, language: str, digest: str, person: str, key_file: Path, yes: bool) -> None:
+    """Approve the plan or the release whose DIGEST begins so: see it in plain words, then sign it.
 
-    The passphrase of the key is asked for, or taken from FEDSEEK_PERSON_PASSPHRASE.
+    For a privacy officer. Of a release the words are the privacy statement that this site would sign. The passphrase of
+    the key is asked for, or taken from FEDSEEK_PERSON_PASSPHRASE.
     """
     from fedseek_site.people import sign_approval
     from fedseek_site.plan_words import describe
 
+    if (release := _release(folder, digest)) is not None:
+        _show_release(release, language, err=as_json)
+        _approve_release(folder, release, person, key_file, yes=yes, as_json=as_json)
+        return
     shown, plan, roster = _plan(folder, digest)
     for word, text in describe(plan, roster):
         click.echo(f"{word + ':':<20}{text}", err=as_json)
@@ -99,9 +134,16 @@ def approve(folder: Path, as_json: bool, digest: str, person: str, key_file: Pat
 @click.argument("digest")
 @click.option("--person", required=True, help="Whose approval, as in the policy.")
 def withdraw(folder: Path, as_json: bool, digest: str, person: str) -> None:
-    """Take back an approval of the plan whose DIGEST begins so; a run of it is put off. For a privacy officer."""
-    from fedseek_site.local_api import Withdrawal
+    """Take back an approval of the plan or release whose DIGEST begins so. For a privacy officer.
 
+    A run of the plan is put off. Of a release it can be taken back until enough people have approved.
+    """
+    from fedseek_site.local_api import ReleaseWithdrawal, Withdrawal
+
+    if (release := _release(folder, digest)) is not None:
+        asked = ReleaseWithdrawal(release=release.digest, person=person)
+        _show(_ask(folder, "withdraw_release", asked), as_json)
+        return
     _, plan, _ = _plan(folder, digest)
     _show(_ask(folder, "withdraw", Withdrawal(plan=plan.digest, person=person)), as_json)
 
@@ -214,6 +256,7 @@ def show(folder: Path, as_json: bool, file: Path | None) -> None:
 COMMANDS: tuple[click.Command, ...] = (
     status,
     plans,
+    releases,
     approve,
     withdraw,
     accept_record,
@@ -240,7 +283,7 @@ def _plan(folder: Path, digest: str) -> tuple[Any, Plan, Roster]:
     try:
         asked = msgspec.convert({"plan": digest.lower()}, PlanAsked)
     except msgspec.ValidationError:
-        raise click.UsageError(f"got {digest!r}, wanted the first 12 or more hexadecimal digits of a plan") from None
+        raise click.UsageError(f"got {digest!r}, wanted the first 12 or more hexadecimal digits of a digest") from None
     try:
         shown = msgspec.convert(_ask(folder, "plan", asked), PlanShown)
     except msgspec.ValidationError as error:
@@ -249,6 +292,50 @@ def _plan(folder: Path, digest: str) -> tuple[Any, Plan, Roster]:
     if not plan.digest.startswith(asked.plan):
         raise Malformed(f"asked the daemon for plan {asked.plan}, it shows {plan.digest}")
     return shown, plan, roster
+
+
+def _release(folder: Path, digest: str) -> ReleaseShown | None:
+    """The release whose digest begins so, checked to be the one that was named; None if there is none here."""
+    from fedseek_site.local_api import ReleaseAsked
+    from fedseek_site.local_releases import read_shown
+
+    prefix = digest.lower()
+    if len(prefix) < MIN_PREFIX:
+        return None
+    found = [line["digest"] for line in _ask(folder, "releases")["releases"] if line["digest"].startswith(prefix)]
+    if not found:
+        return None
+    known = [line["digest"] for line in _ask(folder, "plans")["plans"] if line["digest"].startswith(prefix)]
+    if len({*found, *known}) > 1:
+        raise click.UsageError(f"{digest!r} begins several digests, of plans or releases; wanted more of it")
+    return read_shown(_ask(folder, "release", ReleaseAsked(release=found[0])), prefix)
+
+
+def _show_release(shown: ReleaseShown, language: str, *, as_json: bool = False, err: bool = False) -> None:
+    from fedseek_site.release_words import describe_release
+
+    lines = list(describe_release(shown, language))
+    stands = f"{shown.status} {shown.rule}".strip()
+    if as_json:
+        told = {"digest": shown.digest, "stands": stands, "approved_by": shown.approved_by, "lines": lines}
+        click.echo(json.dumps(told, ensure_ascii=False))
+        return
+    for line in lines:
+        click.echo(line, err=err)
+    click.echo(f"\nrelease {shown.digest}, drafted {shown.at}: {stands}", err=err)
+
+
+def _approve_release(
+    folder: Path, shown: ReleaseShown, person: str, key_file: Path, *, yes: bool, as_json: bool
+) -> None:
+    from fedseek_site.people import sign_release_approval
+
+    if not yes:
+        asked = f"Do you approve that {shown.site} signs this statement, and releases the adapter of run {shown.run}?"
+        click.confirm(asked, abort=True, err=as_json)
+    key, at = _person_key(key_file), int(time.time())
+    signed = sign_release_approval(key, shown.digest, site=shown.site, person=person, at=at)
+    _show(_ask(folder, "approve_release", signed), as_json)
 
 
 def _show_plan(folder: Path, digest: str, as_json: bool) -> None:

@@ -3,6 +3,7 @@
     plan announced   notice    remembered for people to look at; ready, waiting or refused, and by which rule
     run begins       permit    policy -> pause, hours -> approvals -> written down as admitted, with what it may spend
     each round       permit    pause, hours, and approvals still stand
+    release          permit    the same; what would be signed is a question of its own (``release_permission``)
 
 The policy file is read anew for each question, so what its owner changes holds from the next step on. One that cannot
 be read permits nothing; what it said before does not count. A run that was admitted is not judged again by limits that
@@ -22,8 +23,11 @@ from fedseek.errors import InvalidConfig, NotNow, PlanRefused
 from fedseek.identity.roster import Roster
 from fedseek.plan import Plan
 from fedseek_site.approvals import Approvals, Begun
+from fedseek_site.ledger import Ledger
 from fedseek_site.people import PlanApproval
 from fedseek_site.policy import Policy, check_hours, check_policy, load_policy
+from fedseek_site.release_approvals import ReleaseApprovals
+from fedseek_site.release_permission import ReleasePermission
 
 Status = Literal["ready", "waiting", "refused"]
 
@@ -42,8 +46,9 @@ class Permission:
         site: this site's name.
         policy_path: of ``policy.toml``.
         approvals: announced plans, approvals and admitted runs.
-        dataset: what the site's people call the data set. Epsilon adds up under this name, so it stays the same when
-            rows come and go: a fingerprint of the rows would begin again at zero with every new row.
+        release_approvals: the same for releases; asked through ``releases``.
+        ledger: what the site's data has cost already; a run is permitted only if its whole plan still fits.
+        dataset: what the site's people call the data set, for the record.
         record: writes a decision to the audit chain; where it raises, nothing is permitted.
         clock: Unix time in seconds.
     """
@@ -54,6 +59,8 @@ class Permission:
         site: str,
         policy_path: Path,
         approvals: Approvals,
+        release_approvals: ReleaseApprovals,
+        ledger: Ledger,
         dataset: str,
         record: Record,
         clock: Callable[[], float] = time.time,
@@ -61,16 +68,20 @@ class Permission:
         self.site = site
         self.dataset = dataset
         self.approvals = approvals
+        self.ledger = ledger
         self._policy_path = policy_path
         self._record = record
         self._clock = clock
         self._turn = threading.RLock()
+        self.releases = ReleasePermission(
+            site=site, policy=self.policy, approvals=release_approvals, record=record, clock=clock
+        )
         self._told: tuple[str, ...] = ()  # the last decision, which is not written down again when it is only repeated
 
     def permit(self, run: str, phase: str, plan: Plan, roster: Roster) -> None:
-        """Say nothing, or no. ``phase`` is ``"plan"`` when a run begins, ``"round"`` before each update.
+        """Say nothing, or no. ``phase`` is ``"plan"`` when a run begins, ``"round"`` before each update, or ``"release"``.
 
-        Guarantee: when a run is permitted to begin, it is on the disk first, with the epsilon it may spend.
+        Guarantee: when a run is permitted to begin, what it may spend is set aside in the ledger, on the disk, first.
 
         Raises:
             PlanRefused: this run will not happen here; names the rule.
@@ -106,7 +117,7 @@ class Permission:
         try:
             policy = self._policy(PlanRefused)
             if self.approvals.begun(run) != Begun(plan.digest, roster.digest().hex()):
-                self._check_plan(policy, plan, roster)
+                self._check_plan(policy, plan, roster, run=run)
             self._check_time(policy)
             self._check_approved(policy, plan, roster)
         except PlanRefused as error:
@@ -149,6 +160,12 @@ class Permission:
         self.approvals.resume()
         self._record("resumed")
 
+    def end_run(self, run: str) -> bool:
+        """At a privacy officer's word a run trains no more here, for good. Whether there was such a run to end."""
+        ended = self.ledger.end(run)
+        self._record("run-ended", run=run, ended=ended)
+        return ended
+
     def approvals_needed(self, policy: Policy, roster: Roster) -> int:
         """How many people have to agree to a plan among these sites."""
         if policy.roster.changes == "approve" and not self.approvals.knows_roster(roster.digest().hex()):
@@ -163,10 +180,12 @@ class Permission:
         if began is not None:
             raise PlanRefused(self.site, "the run began at this site with another plan or roster")
         policy = self._policy(PlanRefused)
-        self._check_plan(policy, plan, roster)
+        self._check_plan(policy, plan, roster, run=run)
         self.approvals.notice(plan, roster, self._clock())
         self._check_time(policy)
         self._check_approved(policy, plan, roster)
+        unit = plan.spec.kinds[next(entry.kind for entry in roster.entries if entry.name == self.site)].unit
+        self.ledger.reserve(run, plan.privacy, plan.total_steps, plan=plan.digest, unit=unit)
         self.approvals.admit(run, plan, roster, dataset=self.dataset, at=self._clock())
 
     def _go_on(self, plan: Plan, roster: Roster) -> None:
@@ -180,9 +199,11 @@ class Permission:
         except InvalidConfig as error:
             raise refusal(self.site, "policy: this site's policy cannot be used", hint=str(error)) from error
 
-    def _check_plan(self, policy: Policy, plan: Plan, roster: Roster) -> None:
-        spent = self.approvals.spent_epsilon(self.dataset)
-        check_policy(policy, plan, roster, site=self.site, spent_epsilon=spent)
+    def _check_plan(self, policy: Policy, plan: Plan, roster: Roster, *, run: str) -> None:
+        total = self.ledger.total_after(
+            run, plan.privacy, plan.total_steps, plan=plan.digest, delta=policy.limits.max_delta
+        )
+        check_policy(policy, plan, roster, site=self.site, total_epsilon_after=total)
 
     def _check_time(self, policy: Policy) -> None:
         if self.approvals.paused_at() is not None:

@@ -19,6 +19,7 @@ def describe(plan: Plan, roster: Roster) -> list[Row]:
     return [
         ("plan", f"{spec.name}, digest {plan.digest}"),
         ("privacy", _privacy(plan)),
+        *_site_level(plan),
         *((f"task of a {kind}", _task(task)) for kind, task in spec.kinds.items()),
         ("base model", f"{visible(spec.model.source)}, SHA-256 {spec.model.sha256}"),
         ("training", f"{training.rounds} rounds of {training.steps_per_round} steps, {plan.total_steps} steps in all"),
@@ -46,7 +47,22 @@ def _privacy(plan: Plan) -> str:
     privacy = plan.spec.privacy
     if privacy.epsilon is None or privacy.delta is None:
         return "NONE: nothing bounds what the adapter tells of a record"
-    return f"ε {privacy.epsilon:g} at δ {privacy.delta:g} when the run ends, for each site ({privacy.mechanism})"
+    cap = privacy.max_records_per_unit
+    used = f"; at most {cap} records of a customer or patient are used" if cap else ""
+    return f"ε {privacy.epsilon:g} at δ {privacy.delta:g} when the run ends, for each site ({privacy.mechanism}){used}"
+
+
+def _site_level(plan: Plan) -> list[Row]:
+    site, params = plan.spec.privacy.site, plan.site_level
+    if site is None or params is None:
+        return []
+    return [
+        (
+            "privacy of a site",
+            f"ε {site.epsilon:g} at δ {site.delta:g} when the run ends, for all that a site sends but its metrics on rows "
+            f"held back; as long as no more than {params.tolerated} of the others tell what noise they added",
+        )
+    ]
 
 
 def _task(task: KindSpec) -> str:

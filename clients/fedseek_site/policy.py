@@ -30,13 +30,12 @@ from fedseek.errors import InvalidConfig, Malformed, NotNow, PlanRefused
 from fedseek.identity.roster import SIGNING_PUBLIC_KEY_BYTES, Roster, check_name
 from fedseek.plan import Plan
 from fedseek.plan_spec import Digest, Label, Name
+from fedseek_site.ledger_entries import Limit
 
 OFFICER: Final = "privacy officer"
 ANY: Final = "any"
 DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 LOCKS: Final = {1: frozenset({"encryption", "masks"})}  # by version of the plan: it has no switch to leave one out
-
-_ROUNDING: Final = 1e-9  # three runs of 0.1 fit in 0.3
 
 Lock = Literal["encryption", "masks"]
 Unit = Literal["record", "customer", "patient"]
@@ -52,7 +51,7 @@ class Limits(Settings):
     """Of one run, at its end."""
     max_delta: Annotated[float, Field(gt=0, le=0.01)] = 1e-5
     max_epsilon_total: Annotated[float, Field(gt=0, le=1000)] = 4.0
-    """Of all runs on one data set together, added up (basic composition)."""
+    """Over the life of the data: all runs that ever trained on any of it, composed, at delta ``max_delta``."""
     max_rounds: Annotated[int, Field(ge=1)] = 100
     max_steps: Annotated[int, Field(ge=1)] = 10_000
     """Of local training over the whole run."""
@@ -138,10 +137,12 @@ class Person(Settings):
 
 
 class Approval(Settings):
-    """Which people have to agree to each plan."""
+    """Which people have to agree to each plan, and to each release."""
 
     required: Literal[0, 1, 2] = 1
-    """How many different privacy officers."""
+    """How many different privacy officers agree to a plan before it runs."""
+    releases: Literal[0, 1, 2] = 1
+    """How many agree to a release before this site signs it; they see its privacy statement first."""
     people: dict[str, Person] = Field(default_factory=dict)
 
 
@@ -195,7 +196,7 @@ def load_policy(path: Path) -> Policy:
     return policy
 
 
-def check_policy(policy: Policy, plan: Plan, roster: Roster, *, site: str, spent_epsilon: float) -> None:
+def check_policy(policy: Policy, plan: Plan, roster: Roster, *, site: str, total_epsilon_after: float) -> None:
     """Run by a site on a plan it is offered.
 
     Args:
@@ -203,13 +204,14 @@ def check_policy(policy: Policy, plan: Plan, roster: Roster, *, site: str, spent
         plan: what is asked.
         roster: who takes part.
         site: this site's name.
-        spent_epsilon: of all runs admitted before on the same data; infinity after one without privacy.
+        total_epsilon_after: over the life of the site's data at ``limits.max_delta``, were the plan played to its end;
+            infinite where a run without privacy is among what it was trained on.
 
     Raises:
         PlanRefused: ``rule`` is the first rule that says no, the hint names the others.
     """
     refusals = [
-        *_limit_refusals(policy.limits, plan, spent_epsilon),
+        *_limit_refusals(policy.limits, plan, total_epsilon_after),
         *_required_refusals(policy.required, plan, roster),
         *_task_refusals(policy, plan, roster, site),
     ]
@@ -245,7 +247,7 @@ def zone(name: str) -> tzinfo:
         raise ValueError("no such time zone here; wanted one like Asia/Shanghai (is tzdata installed?)") from None
 
 
-def _limit_refusals(limits: Limits, plan: Plan, spent_epsilon: float) -> Iterator[str]:
+def _limit_refusals(limits: Limits, plan: Plan, total_epsilon_after: float) -> Iterator[str]:
     privacy, training = plan.spec.privacy, plan.spec.training
     if privacy.epsilon is None or privacy.delta is None:
         if not limits.allow_without_privacy:
@@ -255,7 +257,7 @@ def _limit_refusals(limits: Limits, plan: Plan, spent_epsilon: float) -> Iterato
             yield f"limits.max_epsilon: plan asks {privacy.epsilon:g}, allowed {limits.max_epsilon:g}"
         if privacy.delta > limits.max_delta:
             yield f"limits.max_delta: plan asks {privacy.delta:g}, allowed {limits.max_delta:g}"
-        if spent_epsilon + privacy.epsilon > limits.max_epsilon_total * (1 + _ROUNDING):
+        if not Limit(limits.max_epsilon_total, limits.max_delta).allows(total_epsilon_after):
             yield "limits.max_epsilon_total"
     if training.rounds > limits.max_rounds:
         yield f"limits.max_rounds: plan asks {training.rounds}, allowed {limits.max_rounds}"
@@ -363,7 +365,7 @@ def _inconsistencies(policy: Policy) -> list[str]:
         if person.public_key in owners:
             problems.append(f"approval.people: {owners[person.public_key]!r} and {name!r} have one key")
         owners[person.public_key] = name
-    needed, officers = policy.approval.required, len(policy.officers())
+    needed, officers = max(policy.approval.required, policy.approval.releases), len(policy.officers())
     if policy.roster.changes == "approve":
         needed = max(needed, 1)
     if officers < needed:

@@ -1,4 +1,9 @@
-"""Releasing: what a site writes when a run ends, and the part of it that it signs for others."""
+"""Releasing: what a site writes when a run ends, and the part of it that it signs for others.
+
+draft_release   apply the last sums, read the final metrics -> gate -> statement; nothing signed, nothing written
+(people)        may look at the draft, and approve what would be signed
+sign_release    sign, write the folder; nothing more is done in the run after that
+"""
 
 from __future__ import annotations
 
@@ -6,32 +11,36 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
 
 from fedseek.apply import ScopeState
-from fedseek.dp.accounting import PrivacySpend
 from fedseek.encode import SummedUpdate
 from fedseek.errors import ReleaseRefused, WrongRound
 from fedseek.groupkey import GroupKey
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.signing import CONTEXT_RELEASE, sign
-from fedseek.lora.export import ADAPTER_FILES, WEIGHTS_FILE, save_adapter, save_head
-from fedseek.lora.model import AdapterModel
+from fedseek.lora.adapter_file import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, largest_value, read_adapter
+from fedseek.lora.export import adapter_weights, head_files
 from fedseek.messages import AggregateDown, ReleaseApproved, ReleaseRequest, release_message
 from fedseek.plan import Plan
-from fedseek.release import model_card, privacy_statement, statement_bytes
+from fedseek.release import check_release, model_card, released_config
+from fedseek.statement import CanaryAudit, Outcome, PrivacyStatement, privacy_statement, statement_bytes
+from fedseek.statement_page import privacy_page
+from fedseek.statement_words import LANGUAGES
+from fedseek_site.canary_audit import audit_outcome
 from fedseek_site.run import SiteRun
 from fedseek_site.state import SiteState
-from fedseek_site.sums import apply_previous, read_sum, remember, take_group_keys
+from fedseek_site.sums import Applied, apply_previous, read_sum, remember, take_group_keys
 from fedseek_site.training import evaluate_weights, spend_of
 from fedseek_site.weights import digests_of, load_weights, to_values
 
-_STATEMENT = "privacy.json"
+STATEMENT_FILE: Final = "privacy.json"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}")
 _AT_HOME = """
 ## This site's head
@@ -48,44 +57,55 @@ when the run was closed, or one of them vanished then.
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedRun:
-    """What a run has come to at this site.
+class Draft:
+    """What a site would sign and write. The same request gives the same draft, to the byte.
 
     Attributes:
         run: its name.
-        plan: of the run.
-        identity: signs the statement.
-        model: holds the final weights.
+        statement: the privacy statement, the very bytes.
         digests: of the final tensors of the shared scopes.
-        spend: privacy spent; None when the plan promises nothing.
-        guards_passed: names of the checks that held.
-        steps: trained at this site.
-        utility: over the sites of this site's kind, or over its own rows.
-        note: what the model card says about head and figure beyond the usual; may be empty.
-        earlier_runs: those that this one goes on from; a release of theirs is replaced.
+        files: of the release folder but the signature, by name.
+        utility: over the sites of this site's kind, or over its own rows; stays at home.
+        after: the state of the run once it is released.
     """
 
     run: str
-    plan: Plan
-    identity: SiteIdentity = field(repr=False)
-    model: AdapterModel = field(repr=False)
-    digests: dict[str, bytes]
-    spend: PrivacySpend | None
-    guards_passed: tuple[str, ...]
-    steps: int
+    statement: bytes = field(repr=False)
+    digests: dict[str, bytes] = field(repr=False)
+    files: dict[str, bytes] = field(repr=False)
     utility: float
-    note: str = ""
-    earlier_runs: tuple[str, ...] = ()
+    after: SiteState = field(repr=False)
+
+    @property
+    def message(self) -> bytes:
+        """What is signed; its SHA-256 is what people approve."""
+        return release_message(self.run, self.digests, self.statement)
 
 
-def release(run: SiteRun, state: SiteState, request: ReleaseRequest) -> tuple[SiteState, ReleaseApproved]:
-    """Apply what is left to apply, read the final metrics, write the release, and sign what others may have of it.
+PermitDraft = Callable[[Callable[[], Draft]], Draft]
+"""Given what computes a draft, returns the draft if people let it go; raises to refuse, perhaps without computing it."""
 
-    The secrets that the run still holds are gone from the new state.
+
+def release(
+    run: SiteRun, state: SiteState, request: ReleaseRequest, permit: PermitDraft
+) -> tuple[SiteState, ReleaseApproved]:
+    """Draft the release, and if it is permitted sign it and write it.
+
+    Raises:
+        as ``draft_release``, ``permit`` and ``sign_release``.
+    """
+    draft = permit(lambda: draft_release(run, state, request))
+    return sign_release(run, draft, send_adapter=request.send_adapter)
+
+
+def draft_release(run: SiteRun, state: SiteState, request: ReleaseRequest) -> Draft:
+    """Apply what is left to apply, read the final metrics, and let the gate decide.
+
+    Nothing is signed or written, but for the record of the canary audit, which this site's people have in any case.
 
     Raises:
         WrongRound: not every round of the plan is accounted for, or the metrics are of another round.
-        ReleaseRefused: the privacy statement cannot be earned, or the folder holds another run's release.
+        ReleaseRefused: the gate is closed, or the privacy statement cannot be earned.
         CohortTooSmall, WrongKey, Malformed, Tampered: as ``sums.read_sum``.
     """
     if request.metrics.round != run.closing_round:
@@ -93,75 +113,109 @@ def release(run: SiteRun, state: SiteState, request: ReleaseRequest) -> tuple[Si
     keys = take_group_keys(run, state, request.envelopes)
     last = run.closing_round - 1
     applied = apply_previous(run, state, keys, request.previous, until=last, seconds={})
-    scopes = applied.scopes
-    utility, note = _final_utility(run, state, keys, request.metrics, scopes=scopes)
-    load_weights(run.model, scopes)
-    finished = FinishedRun(
-        run=run.name,
-        plan=run.plan,
-        identity=run.identity,
-        model=run.model,
-        digests=digests_of(scopes, run.shared),
-        spend=spend_of(run, state.steps_accounted),
-        guards_passed=state.guards_passed,
-        steps=state.steps_done,
-        utility=utility,
-        note=note,
-        earlier_runs=state.earlier_runs,
-    )
-    approval = write_site_release(finished, run.release_folder, send_adapter=request.send_adapter)
-    run.observe({"event": "released", "utility": utility, "guards_passed": list(state.guards_passed)})
+    figure = _final_figure(run, state, keys, request.metrics, scopes=applied.scopes)
+    load_weights(run.model, applied.scopes)
+    adapter = {CONFIG_FILE: released_config(run.plan), WEIGHTS_FILE: adapter_weights(run.model)}
+    outcome = _outcome(run, state, applied, adapter, figure)
+    statement = privacy_statement(run.plan, outcome, checks=check_release(run.plan, outcome))
+    document = statement_bytes(statement)
+    heads = head_files(run.model, kind=run.identity.kind, labels=run.plan.spec.kinds[run.identity.kind].labels)
+    told = _pages(run.plan, statement, figure)
     after = remember(run, state, applied)
-    return replace(after, scopes=to_values(scopes), group_keys={}, rounds={}, released=True), approval
+    return Draft(
+        run=run.name,
+        statement=document,
+        digests=dict(outcome.digests),
+        files={**adapter, **heads, **told, STATEMENT_FILE: document},
+        utility=figure.utility,
+        after=replace(after, scopes=to_values(applied.scopes), group_keys={}, rounds={}, released=True),
+    )
 
 
-def write_site_release(finished: FinishedRun, folder: Path, *, send_adapter: bool) -> ReleaseApproved:
-    """Write adapter, head, model card and privacy statement into ``folder``, all or nothing.
+def sign_release(run: SiteRun, draft: Draft, *, send_adapter: bool) -> tuple[SiteState, ReleaseApproved]:
+    """Sign a draft and write the release folder. The secrets that the run still holds are gone from the new state.
+
+    Raises:
+        ReleaseRefused: the folder holds something else.
+    """
+    signature = write_site_release(draft, run.identity, run.release_folder)
+    run.observe({"event": "released", "utility": draft.utility, "guards_passed": list(draft.after.guards_passed)})
+    approved = ReleaseApproved(
+        run=draft.run,
+        site=run.me,
+        digests=draft.digests,
+        statement=draft.statement,
+        signature=signature,
+        adapter={name: draft.files[name] for name in ADAPTER_FILES} if send_adapter else {},
+    )
+    return draft.after, approved
+
+
+def write_site_release(draft: Draft, identity: SiteIdentity, folder: Path) -> bytes:
+    """Sign a draft and write adapter, head, model card and privacy statement into ``folder``, all or nothing.
 
     A release of the same run that is there already is replaced: this site was stopped before it could answer.
 
     Returns:
-        What the site signs for others, with the adapter if it is to be sent.
+        The signature, for others too.
 
     Raises:
-        ReleaseRefused: the privacy statement cannot be earned, or the folder holds something else; nothing is written.
+        ReleaseRefused: the folder holds something else; nothing is written.
     """
-    plan, identity, digests = finished.plan, finished.identity, finished.digests
-    base = plan.spec.model.source
+    signature = sign(identity, CONTEXT_RELEASE, draft.message)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".release-", dir=folder.parent) as scratch:
-        draft = Path(scratch) / "release"
-        save_adapter(finished.model, draft, base_name=base)
-        save_head(finished.model, draft, kind=identity.kind, labels=plan.spec.kinds[identity.kind].labels)
-        files = {name: (draft / name).read_bytes() for name in ADAPTER_FILES}
-        statement = privacy_statement(
-            plan,
-            run=finished.run,
-            site=identity.name,
-            kind=identity.kind,
-            spend=finished.spend,
-            guards_passed=finished.guards_passed,
-            steps=finished.steps,
-            adapter_sha256=hashlib.sha256(files[WEIGHTS_FILE]).hexdigest(),
-            digests=digests,
-        )
-        document = statement_bytes(statement)
-        signature = sign(identity, CONTEXT_RELEASE, release_message(finished.run, digests, document))
-        utility = {identity.kind: finished.utility}
-        card = model_card(plan, run=finished.run, statements=[statement], utility=utility, base=base)
-        (draft / "README.md").write_text(card + finished.note, "utf-8")
-        (draft / _STATEMENT).write_bytes(document)
-        (draft / "privacy.sig").write_bytes(signature)
-        runs = (finished.run, *finished.earlier_runs)
-        _put_in_place(draft, folder, runs=runs, aside=Path(scratch) / "before")
-    return ReleaseApproved(
-        run=finished.run,
-        site=identity.name,
-        digests=digests,
-        statement=document,
-        signature=signature,
-        adapter=files if send_adapter else {},
+        written = Path(scratch) / "release"
+        written.mkdir()
+        for name, data in {**draft.files, "privacy.sig": signature}.items():
+            (written / name).write_bytes(data)
+        runs = (draft.run, *draft.after.earlier_runs)
+        _put_in_place(written, folder, runs=runs, aside=Path(scratch) / "before")
+    return signature
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    """Utility at the end: what the model card says, and what the gate may go by."""
+
+    utility: float
+    is_whole: bool  # over all the head was trained on: the sites of the kind, or this one where its head stays at home
+    note: str
+
+
+def _outcome(
+    run: SiteRun, state: SiteState, applied: Applied, adapter: Mapping[str, bytes], figure: _Figure
+) -> Outcome:
+    roster = run.federation.roster
+    return Outcome(
+        run=run.name,
+        roster_digest=roster.digest().hex(),
+        site=run.me,
+        kind=run.identity.kind,
+        files={name: hashlib.sha256(data).hexdigest() for name, data in adapter.items()},
+        digests=digests_of(applied.scopes, run.shared),
+        contributors=run.federation.names(applied.contributors),
+        steps=state.steps_done,
+        spend=spend_of(run, state.steps_accounted),
+        steps_spent=run.steps_spent((run.name, *state.earlier_runs)),
+        guards_passed=state.guards_passed,
+        audit=_audit(run, remember(run, state, applied), applied.scopes),
+        utility=figure.utility if figure.is_whole else None,
+        largest_value=largest_value(read_adapter(adapter[WEIGHTS_FILE])),
     )
+
+
+def _audit(run: SiteRun, state: SiteState, scopes: Mapping[str, ScopeState]) -> CanaryAudit | None:
+    found = audit_outcome(run, state, scopes)
+    return None if found is None else CanaryAudit(**asdict(found))
+
+
+def _pages(plan: Plan, statement: PrivacyStatement, figure: _Figure) -> dict[str, bytes]:
+    """What people read in the site's own folder: its figure too, which others are not told."""
+    utility, base = {statement.kind: figure.utility}, plan.spec.model.source
+    card = model_card(plan, run=statement.run, statements=[statement], utility=utility, base=base) + figure.note
+    told = {words.file: privacy_page(plan, [statement], words, unsigned=()) for words in LANGUAGES}
+    return {name: text.encode() for name, text in {"README.md": card, **told}.items()}
 
 
 def _put_in_place(draft: Path, folder: Path, *, runs: Sequence[str], aside: Path) -> None:
@@ -197,28 +251,29 @@ def _sync(path: Path) -> None:
 def _run_of(folder: Path) -> str | None:
     """The run whose release this folder holds; None if it holds none."""
     try:
-        statement = msgspec.json.decode((folder / _STATEMENT).read_bytes(), type=dict[str, object])
+        statement = msgspec.json.decode((folder / STATEMENT_FILE).read_bytes(), type=dict[str, object])
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):  # msgspec lets the last one through
         return None
     run = statement.get("run")
     return run if isinstance(run, str) else None
 
 
-def _final_utility(
+def _final_figure(
     run: SiteRun,
     state: SiteState,
     keys: Mapping[int, GroupKey],
     metrics: AggregateDown,
     *,
     scopes: Mapping[str, ScopeState],
-) -> tuple[float, str]:
+) -> _Figure:
     """The figure of the release, and what the model card must add to it."""
     among = [scope for scope in run.shared if scope == run.head]
     summed = read_sum(run, state, keys, metrics, scopes=scopes, among=among)
     if summed:
-        return _utility_of(summed[run.head]), ""
+        return _Figure(_utility_of(summed[run.head]), is_whole=True, note="")
     own = evaluate_weights(run, scopes, number=run.closing_round - 1).utility
-    return own, _OWN_FIGURE if among else _AT_HOME.format(kind=run.identity.kind)
+    note = _OWN_FIGURE if among else _AT_HOME.format(kind=run.identity.kind)
+    return _Figure(own, is_whole=not among, note=note)
 
 
 def _utility_of(summed: SummedUpdate) -> float:

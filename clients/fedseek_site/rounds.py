@@ -91,7 +91,7 @@ def play_round(run: SiteRun, state: SiteState, request: RoundRequest) -> tuple[S
     with timed(seconds, "train"):
         work = _work(run, state, applied, number)
     with timed(seconds, "encode"):
-        encoded = encode(run, _to_send(run, work, entered), before, evaluation)
+        encoded, guards_passed = encode(run, _to_send(run, work, entered), before, evaluation)
     update = _protect(run, entered, encoded, key, seconds=seconds)
     _report_round(run, number, work, seconds, update)
 
@@ -120,7 +120,8 @@ def play_round(run: SiteRun, state: SiteState, request: RoundRequest) -> tuple[S
         prepared, secrets=None, peers={}, held=kept, participants=participants, epoch=key.epoch, vouched=vouched
     )
     rounds = {**{later: each for later, each in state.rounds.items() if later > number}, **coming, number: sent}
-    return _after_round(after, work, keys, key, rounds=rounds, number=number), reply
+    after = _after_round(after, work, keys, key, rounds=rounds, number=number)
+    return replace(after, guards_passed=tuple(sorted({*after.guards_passed, *guards_passed}))), reply
 
 
 def unmask(run: SiteRun, state: SiteState, request: UnmaskRequest) -> tuple[SiteState, SharesRevealed]:

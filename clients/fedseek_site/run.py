@@ -7,12 +7,14 @@ What changes is in ``fedseek_site.state``; what a site does, in the order of a r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedseek.canaries import Vocabulary, read_vocabulary
 from fedseek.cohort import Federation
 from fedseek.encode import UpdateLayout, num_ciphertexts
 from fedseek.identity.keys import SiteIdentity
@@ -24,14 +26,25 @@ from fedseek.messages import PlanOffer, encode_message
 from fedseek.plan import Plan, head_scope, plan_from_canonical
 from fedseek.prepare import prepare_layouts, prepare_model
 from fedseek.records import TokenisedRecords, tokenise
-from fedseek_site.admission import SiteData, check_admission, check_labels, check_room, check_roster, units_for
+from fedseek_site.admission import (
+    SiteData,
+    check_admission,
+    check_labels,
+    check_room,
+    check_roster,
+    check_site_level,
+    units_for,
+)
+from fedseek_site.canary_audit import draw_canaries
+from fedseek_site.ledger import Ledger
+from fedseek_site.ledger_entries import Mechanism
 from fedseek_site.state import SiteState
 from fedseek_site.weights import digests_of, start_scopes, to_values
 
 Observe = Callable[[dict[str, Any]], None]
 Clock = Callable[[], float]
 Permit = Callable[[str, str, Plan, Roster], None]
-"""Given run, phase ("plan" when a run begins, "round" before each update), plan and roster; raises to refuse."""
+"""Given run, phase ("plan" when a run begins, "round" before each update, "release"), plan and roster; raises to refuse."""
 
 
 def permit_all(run: str, phase: str, plan: Plan, roster: Roster) -> None:
@@ -49,9 +62,12 @@ class SiteRun:
         layouts: what the model trains, by scope.
         train_records: rows to train on.
         held_back: rows to evaluate on.
+        vocabulary: what canaries are made of.
         release_folder: where the release is written.
         observe: told what happens here, for the site's own report; never sent anywhere.
         clock: Unix time in seconds.
+        spend: to be called before training with the round and its steps: enters them in the privacy ledger, or raises.
+        steps_spent: steps that the privacy ledger has of runs of these names, under this plan's mechanism.
     """
 
     federation: Federation
@@ -60,9 +76,12 @@ class SiteRun:
     layouts: dict[str, UpdateLayout] = field(repr=False)
     train_records: TokenisedRecords = field(repr=False)
     held_back: TokenisedRecords = field(repr=False)
+    vocabulary: Vocabulary
     release_folder: Path
     observe: Observe = field(repr=False)
     clock: Clock = field(repr=False)
+    spend: Callable[[int, int], None] = field(repr=False)
+    steps_spent: Callable[[Collection[str]], int] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -104,6 +123,7 @@ def open_run(
     release_folder: Path,
     observe: Observe,
     clock: Clock,
+    ledger: Ledger,
     permit: Permit = permit_all,
 ) -> SiteRun:
     """Check the plan against this site and its policy, and load the model; also after a restart.
@@ -123,7 +143,9 @@ def open_run(
     task, folder = plan.spec.kinds[identity.kind], locate_model(plan.spec.model.source)
     model = prepare_model(plan, identity.kind, load_base(folder))
     layouts = prepare_layouts(identity.kind, model)
-    check_room(plan, sum(layout.num_values for layout in layouts.values()), me=identity.name)
+    num_values = sum(layout.num_values for layout in layouts.values())
+    check_room(plan, num_values, me=identity.name)
+    check_site_level(plan, num_values, me=identity.name)
     train_units = units_for(plan, identity.kind, data.train)
     return SiteRun(
         federation=Federation.of(offer.run, plan, roster),
@@ -132,16 +154,36 @@ def open_run(
         layouts=layouts,
         train_records=tokenise(train_units, folder, labels=task.labels, max_tokens=plan.spec.model.max_tokens),
         held_back=tokenise(data.held_back, folder, labels=task.labels, max_tokens=plan.spec.model.max_tokens),
+        vocabulary=read_vocabulary(folder, max_tokens=plan.spec.model.max_tokens),
         release_folder=release_folder,
         observe=observe,
         clock=clock,
+        spend=partial(_spend, offer.run, plan, ledger, observe),
+        steps_spent=partial(_steps_spent, plan, ledger),
     )
+
+
+def _spend(run: str, plan: Plan, ledger: Ledger, observe: Observe, number: int, steps: int) -> None:
+    """Enter a round in the ledger, then tell the site's record which entry that is: an older copy will lack it."""
+    entered = ledger.spend(run, number, plan.privacy, steps)
+    observe({"event": "ledger", "run": run, "round": number, "entry": entered.number, "digest": entered.digest.hex()})
+
+
+def _steps_spent(plan: Plan, ledger: Ledger, runs: Collection[str]) -> int:
+    mechanism = Mechanism.of(plan.privacy)
+    spends = ledger.account().spends()
+    return sum(spent.steps for spent in spends if spent.run in runs and spent.mechanism == mechanism)
 
 
 def begin_run(run: SiteRun, offer: PlanOffer) -> SiteState:
     """The state before anything was done. ``run`` must be fresh from :func:`open_run`: its model holds the first values."""
     first = start_scopes(run.plan, run.layouts, run.model)
-    return SiteState(offer=encode_message(offer), scopes=to_values(first), digests=digests_of(first, run.shared))
+    return SiteState(
+        offer=encode_message(offer),
+        scopes=to_values(first),
+        digests=digests_of(first, run.shared),
+        canaries=draw_canaries(run),
+    )
 
 
 def report_layout(run: SiteRun) -> None:

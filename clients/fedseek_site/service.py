@@ -14,13 +14,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
 from msgspec.structs import replace
 
-from fedseek.errors import FedseekError, NotNow, PlanRefused, Tampered, WrongRound
+from fedseek.errors import BudgetExceeded, FedseekError, NotNow, PlanRefused, Tampered, WrongRound
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster
 from fedseek.identity.vault import StorageKey
@@ -42,13 +44,22 @@ from fedseek_site.admission import SiteData
 from fedseek_site.continuing import continue_run, offer_of, standing_of
 from fedseek_site.entering import admit, deal, make_key
 from fedseek_site.journal import Journal, Step
-from fedseek_site.releasing import release
+from fedseek_site.ledger import Ledger
+from fedseek_site.releasing import Draft, PermitDraft, release
 from fedseek_site.rounds import play_round, unmask
 from fedseek_site.run import Clock, Observe, Permit, SiteRun, begin_run, open_run, permit_all, report_layout
 from fedseek_site.state import SiteState
 
+PermitRelease = Callable[[str, bytes, Callable[[], Draft]], Draft]
+"""Given the plan's digest, the request and what computes a draft; see ``release_permission``."""
+
 _MAX_EPOCHS: Final = 1_000_000  # keys last days, so no run gets there
 log = logging.getLogger(__name__)
+
+
+def permit_every_release(plan: str, request: bytes, draft: Callable[[], Draft]) -> Draft:
+    """As ``permit_all``, for releases."""
+    return draft()
 
 
 class SiteService:
@@ -62,10 +73,12 @@ class SiteService:
         roster: the sites whose fingerprints people here compared; None: every offer is refused until ``trust``.
         state_folder: of the journal, on a local disk; made if it is missing.
         storage_key: seals what is in it; the same after a restart.
+        ledger: what the records have cost in privacy; entered before each training. Its owner closes it.
         release_folder: where a released adapter and its evidence are written.
         observe: told what happens here, for the site's own report; never sent anywhere.
         clock: Unix time in seconds; says how old a group key is.
         permit: the site's policy.
+        permit_release: the word of the site's people on a release.
 
     Raises:
         FedseekError: the journal cannot be opened: see :class:`fedseek_site.journal.Journal`.
@@ -79,10 +92,12 @@ class SiteService:
         roster: Roster | None,
         state_folder: Path,
         storage_key: StorageKey,
+        ledger: Ledger,
         release_folder: Path,
         observe: Observe,
         clock: Clock = time.time,
         permit: Permit = permit_all,
+        permit_release: PermitRelease = permit_every_release,
     ) -> None:
         self.identity = identity
         self.data = data
@@ -91,11 +106,17 @@ class SiteService:
         self._observe = observe
         self._clock = clock
         self._permit = permit
+        self._permit_release = permit_release
+        self._told_refusal = ("", b"", "")  # the last one, told once: a wait for people's approvals may take weeks
         self._turn = threading.Lock()
         self._held: tuple[SiteRun, SiteState] | None = None  # what the journal has, opened
         self._standing: Standing | None = None  # as far as the journal has it; None: not known yet, or none
         state_folder.parent.mkdir(parents=True, exist_ok=True)
+        self._ledger = ledger
+        ledger.take_data(data.train)
         self._journal = Journal(state_folder, storage_key)
+        if (latest := self._journal.latest_run()) is not None:
+            ledger.end_earlier(latest)  # killed between beginning it and saying so
 
     def trust(self, roster: Roster | None) -> None:
         """Take this roster for the true one, from now on: people compared the fingerprint of every entry.
@@ -115,6 +136,7 @@ class SiteService:
         with self._turn:
             if self._held is not None and not (self._held[1].released or self._held[1].stopped):
                 raise NotNow(self.identity.name, "a run is being played", hint="wait for its end, or stop it")
+            self._ledger.take_data(data.train)
             self.data, self._held = data, None
 
     def close(self) -> None:
@@ -154,8 +176,8 @@ class SiteService:
                     return self._answer_once(message, request)
             except FedseekError as error:
                 log.warning("site %s refuses a request of run %s: %s", self.identity.name, run, error)
-                self._observe({"event": "refused", "code": error.code, "text": str(error)})
-                rule = error.rule if isinstance(error, PlanRefused | NotNow) else error.code
+                self._tell_refused(run, request, error)
+                rule = error.rule if isinstance(error, PlanRefused | NotNow | BudgetExceeded) else error.code
                 return self._refused(run, error.code, rule)
         except Exception:
             # Outer edge of the site: Flower would carry the exception's text, which may quote data, to the coordinator.
@@ -172,10 +194,11 @@ class SiteService:
             self._tell_answered(step, request, done, again=True)
             return done
         run, state = self._enter(message) if isinstance(message, PlanOffer) else self._resume(message.run)
-        if isinstance(message, RoundRequest):
-            self._permit(run.name, "round", run.plan, run.federation.roster)
+        if isinstance(message, RoundRequest | ReleaseRequest):
+            self._permit(run.name, step.phase, run.plan, run.federation.roster)
         try:
-            after, reply = take_step(run, state, message)
+            permit_release = partial(self._permit_release, run.plan.digest, request)
+            after, reply = take_step(run, state, message, permit_release)
         except Tampered as error:
             # One try in a run: asked again and again, what passes and what does not would tell about the group key.
             self._record(step, request, self._refused(run.name, error.code, error.code), run, stop(state))
@@ -184,6 +207,13 @@ class SiteService:
         self._record(step, request, answer, run, after)
         self._tell_answered(step, request, answer, again=False)
         return answer
+
+    def _tell_refused(self, run: str, request: bytes, error: FedseekError) -> None:
+        """To the site's own record. Of one that is put off, the same word on the same request is told once."""
+        told = (run, sha256(request).digest(), str(error))
+        if not isinstance(error, NotNow) or told != self._told_refusal:
+            self._observe({"event": "refused", "code": error.code, "text": str(error)})
+        self._told_refusal = told
 
     def _tell_answered(self, step: Step, request: bytes, answer: bytes, *, again: bool) -> None:
         """What is about to leave the building, for the site's own record."""
@@ -197,12 +227,18 @@ class SiteService:
         self._journal.record(step, request, answer, after.to_bytes())
         self._held = run, after
         self._standing = standing_of(run.me, run.name, after)
+        self._ledger.end_earlier(run.name)  # this site is in one run at a time, and in none that it has left
+        if after.released or after.stopped:
+            self._ledger.end(run.name)
 
     def _enter(self, offer: PlanOffer) -> tuple[SiteRun, SiteState]:
         """The run this plan is offered for: begun here before, or to begin now."""
         if self._journal.latest_run() == offer.run or self._journal.state(offer.run) is not None:
             return self._resume(offer.run)
-        taken_over = continue_run(self.identity.name, offer, *self._latest()) if offer.continues else None
+        name, state = self._latest()
+        taken_over = continue_run(self.identity.name, offer, name, state) if offer.continues else None
+        if name is not None and taken_over is not None:
+            self._ledger.follow(offer.run, name, steps=taken_over.steps_accounted)
         run = self._open(offer, self._permit)
         report_layout(run)
         return run, taken_over or begin_run(run, offer)
@@ -239,6 +275,7 @@ class SiteService:
             release_folder=self._release_folder,
             observe=self._observe,
             clock=self._clock,
+            ledger=self._ledger,
             permit=permit,
         )
 
@@ -271,7 +308,7 @@ def stop(state: SiteState) -> SiteState:
     return replace(state, stopped=True, rounds={}, group_keys={})
 
 
-def take_step(run: SiteRun, state: SiteState, message: Request) -> tuple[SiteState, Reply]:
+def take_step(run: SiteRun, state: SiteState, message: Request, permit_release: PermitDraft) -> tuple[SiteState, Reply]:
     """Do what a request asks for; an error means that nothing was done.
 
     Raises:
@@ -296,4 +333,4 @@ def take_step(run: SiteRun, state: SiteState, message: Request) -> tuple[SiteSta
         case UnmaskRequest():
             return unmask(run, state, message)
         case ReleaseRequest():
-            return release(run, state, message)
+            return release(run, state, message, permit_release)

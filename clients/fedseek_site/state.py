@@ -62,6 +62,28 @@ class EarlierAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         return []
 
 
+class CanaryState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The canaries of a run and what was seen of them so far; ``repr`` is redacted.
+
+    Attributes:
+        seed: 32 bytes of the operating system, which candidates and coins follow from.
+        first_losses: of each candidate under the first weights; little-endian float64, 8 bytes a candidate.
+        round_scores: of each candidate, summed over the rounds; as the losses.
+        rounds: sums that are in the scores.
+    """
+
+    seed: bytes
+    first_losses: bytes
+    round_scores: bytes
+    rounds: int = 0
+
+    def __repr__(self) -> str:
+        return f"CanaryState(<{len(self.first_losses) // 8} canaries, redacted>)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return []
+
+
 class RoundState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One round at one site: keys drawn, shares dealt, update sent, shares revealed; ``repr`` is redacted.
 
@@ -110,6 +132,7 @@ class SiteState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         before: the shared scopes before the last sum was applied; None before the first.
         earlier_runs: those that this run goes on from, newest first.
         group_keys: by epoch, ``GroupKey.to_bytes``.
+        canaries: of this site; None when the plan asks for none.
         rounds: by number: those to come, and the last one sent until its sum is applied.
         released: the release was written; nothing more is done in this run.
         stopped: a sum did not pass; nothing more is done in this run.
@@ -128,6 +151,7 @@ class SiteState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     before: EarlierAdapter | None = None
     earlier_runs: tuple[str, ...] = ()
     group_keys: dict[int, bytes] = {}
+    canaries: CanaryState | None = None
     rounds: dict[int, RoundState] = {}
     released: bool = False
     stopped: bool = False

@@ -19,8 +19,9 @@ from fedseek.errors import CohortTooSmall, Malformed, WrongKey, WrongRound
 from fedseek.groupkey import GroupKey, check_age, open_group_key
 from fedseek.messages import AggregateDown
 from fedseek.plan import GLOBAL_SCOPE
+from fedseek_site.canary_audit import watch_sum
 from fedseek_site.run import SiteRun, timed
-from fedseek_site.state import EarlierAdapter, RoundState, SiteState
+from fedseek_site.state import CanaryState, EarlierAdapter, RoundState, SiteState
 from fedseek_site.weights import digests_of, to_scopes, to_values
 
 
@@ -33,12 +34,14 @@ class Applied:
         scopes: the weights now.
         contributors: positions of the sites whose updates are in the shared ones, ascending.
         before: the shared ones before the last of the rounds.
+        canaries: what the sums showed of this site's canaries.
     """
 
     until: int
     scopes: dict[str, ScopeState] = field(repr=False)
     contributors: tuple[int, ...]
     before: EarlierAdapter | None = field(repr=False)
+    canaries: CanaryState | None = field(repr=False)
 
 
 def take_group_keys(run: SiteRun, state: SiteState, envelopes: Mapping[int, bytes]) -> dict[int, GroupKey]:
@@ -99,7 +102,7 @@ def apply_previous(
     if got != wanted:
         raise WrongRound(f"got the sums of rounds {got[:20]}, wanted those of {wanted[:20]}")
     scopes, before = to_scopes(state.scopes, run.layouts), state.before
-    contributors = state.contributors
+    contributors, canaries = state.contributors, state.canaries
     for down in fresh:
         if down.round == until:
             before = _adapter(run, scopes, contributors, number=until - 1)
@@ -109,10 +112,14 @@ def apply_previous(
         with timed(seconds, "decrypt"):
             summed = read_sum(run, state, keys, down, scopes=scopes, among=run.shared)
         with timed(seconds, "apply"):
-            scopes = apply_sums(scopes, summed, run.plan)
+            after = apply_sums(scopes, summed, run.plan)
+        if run.me in run.federation.names(down.survivors):  # a sum without this site says nothing of it
+            with timed(seconds, "evaluate"):
+                canaries = watch_sum(run, canaries, scopes, after)
+        scopes = after
         contributors = _union(contributors, down.survivors)
         _report_applied(run, down, summed)
-    return Applied(until, scopes, contributors, before)
+    return Applied(until, scopes, contributors, before, canaries)
 
 
 def remember(run: SiteRun, state: SiteState, applied: Applied) -> SiteState:
@@ -123,6 +130,7 @@ def remember(run: SiteRun, state: SiteState, applied: Applied) -> SiteState:
         digests=digests_of(applied.scopes, run.shared),
         contributors=applied.contributors,
         before=applied.before,
+        canaries=applied.canaries,
     )
 
 

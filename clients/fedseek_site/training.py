@@ -16,7 +16,9 @@ from fedseek.dp.guards import check_metrics
 from fedseek.encode import Float32Vector, Slots, encode_update
 from fedseek.evaluate import Evaluation, evaluate
 from fedseek.prepare import HELD_BACK_METRICS, prepare_settings
+from fedseek.site_noise import encode_noised
 from fedseek.train import train_round
+from fedseek_site.canary_audit import expected_units, training_records
 from fedseek_site.run import SiteRun
 from fedseek_site.state import SiteState
 from fedseek_site.weights import load_weights, model_vectors
@@ -56,19 +58,22 @@ def evaluate_weights(run: SiteRun, scopes: Mapping[str, ScopeState], *, number: 
 
 
 def train(run: SiteRun, state: SiteState, scopes: Mapping[str, ScopeState], *, number: int) -> LocalWork:
-    """Train round ``number`` from ``scopes``.
+    """Train round ``number`` from ``scopes``, on the site's records and the canaries that are in.
 
     Raises:
+        BudgetExceeded: the site's policy allows no such spend; nothing was trained.
         GuardTripped: the privacy guarantee does not hold, or a metric is of training rows; nothing may be sent.
     """
     load_weights(run.model, scopes)
+    run.spend(number, run.plan.spec.training.steps_per_round)  # on the disk first, whatever comes of the training
     outcome = train_round(
         run.model,
-        run.train_records,
+        training_records(run, state),
         settings=prepare_settings(run.plan),
         privacy=run.plan.privacy,
         spend=spend_of(run, state.steps_accounted),
         steps_before=state.steps_done,
+        expected_units=expected_units(run, state),
         on_step=lambda step, of: run.observe({"event": "step", "round": number, "step": step, "of": of}),
     )
     trained = model_vectors(run.model, run.layouts)
@@ -105,10 +110,18 @@ def rest(run: SiteRun, state: SiteState, held: Mapping[str, ScopeState], *, scop
 
 def encode(
     run: SiteRun, updates: Mapping[str, Float32Vector], scopes: Mapping[str, ScopeState], evaluation: Evaluation
-) -> dict[str, Slots]:
-    """The updates as numbers that add, with the metrics of held-back rows beside those of a head."""
+) -> tuple[dict[str, Slots], tuple[str, ...]]:
+    """The updates as numbers that add, with the metrics of held-back rows beside those of a head.
+
+    Returns:
+        Slots by scope, and the guards of site-level privacy that held; none where the plan has no such guarantee.
+
+    Raises:
+        GuardTripped: the update is too long, or its share of noise is missing; nothing may be sent.
+    """
     cap = run.plan.weight_cap
-    weight = len(run.train_records) if run.plan.spec.cohort.weighting == "records" else 1
+    # units: the guarantee holds given their number, and a unit's own records must not show in how much its site counts
+    weight = run.train_records.num_units if run.plan.spec.cohort.weighting == "records" else 1
     metrics = dict(
         zip(
             HELD_BACK_METRICS,
@@ -116,11 +129,14 @@ def encode(
             strict=True,
         )
     )
-    return {
+    packing, params = run.plan.packing, run.plan.site_level
+    if params is not None:
+        return encode_noised(updates, run.layouts, params=params, packing=packing, metrics=metrics)
+    slots = {
         scope: encode_update(
             update,
             scopes[scope].layout,
-            packing=run.plan.packing,
+            packing=packing,
             value_range=scopes[scope].value_range,
             weight=min(weight, cap),
             weight_cap=cap,
@@ -128,6 +144,7 @@ def encode(
         )
         for scope, update in updates.items()
     }
+    return slots, ()
 
 
 def _metric_guards(run: SiteRun) -> frozenset[str]:

@@ -34,7 +34,7 @@ ACCOUNTANT = "PLD"
 # Spacing of the grid the privacy loss is put on. Any spacing errs high; a coarse one is faster. Spacings are powers of
 # ten, so the points of a coarse grid are points of a finer one too: a multiplier calibrated on the coarse grid can only
 # look better on the grid that epsilon is stated on.
-_STATED_INTERVAL = 1e-4
+STATED_INTERVAL = 1e-4
 _CALIBRATION_INTERVAL = 1e-3
 _FINEST_INTERVAL = 1e-6
 
@@ -45,7 +45,7 @@ _MULTIPLIER_STEP = 1e-4
 _SLACK = 2e-3
 
 # Whole orders only: the fractional ones of the library's default do not converge at large q and warn on stderr.
-_RENYI_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512, 1024)
+RENYI_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512, 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +155,14 @@ def calibrate_noise_multiplier(
     _require(num_steps >= 1, "num_steps", num_steps, "1 or more")
 
     def event(candidate: float) -> Any:
-        return _dp_event(candidate, sampling_probability, num_steps)
+        return dp_event(candidate, sampling_probability, num_steps)
 
     def stated(candidate: float) -> float:
         return epsilon(candidate, sampling_probability, num_steps=num_steps, delta=delta)
 
     try:
         enough = dp_accounting.calibrate_dp_mechanism(
-            lambda: _pld_accountant(_CALIBRATION_INTERVAL), event, target_epsilon, delta, tol=_MULTIPLIER_STEP
+            lambda: pld_accountant(_CALIBRATION_INTERVAL), event, target_epsilon, delta, tol=_MULTIPLIER_STEP
         )
     except NoBracketIntervalFoundError:
         enough = math.inf
@@ -190,32 +190,33 @@ def _round_up(noise_multiplier: float) -> float:
 
 @lru_cache(maxsize=256)
 def _epsilon_pld(noise_multiplier: float, sampling_probability: float, num_steps: int, delta: float) -> float:
-    accountant = _pld_accountant(_fitting_interval(noise_multiplier, sampling_probability, _STATED_INTERVAL))
-    accountant.compose(_dp_event(noise_multiplier, sampling_probability, num_steps))
+    accountant = pld_accountant(fitting_interval(noise_multiplier, sampling_probability, STATED_INTERVAL))
+    accountant.compose(dp_event(noise_multiplier, sampling_probability, num_steps))
     return float(accountant.get_epsilon(delta))
 
 
 @lru_cache(maxsize=256)
 def _epsilon_rdp(noise_multiplier: float, sampling_probability: float, num_steps: int, delta: float) -> float:
-    accountant = rdp.RdpAccountant(_RENYI_ORDERS, dp_accounting.NeighboringRelation[NEIGHBORING_RELATION])
-    accountant.compose(_dp_event(noise_multiplier, sampling_probability, num_steps))
+    accountant = rdp.RdpAccountant(RENYI_ORDERS, dp_accounting.NeighboringRelation[NEIGHBORING_RELATION])
+    accountant.compose(dp_event(noise_multiplier, sampling_probability, num_steps))
     return float(accountant.get_epsilon(delta))
 
 
-def _fitting_interval(noise_multiplier: float, sampling_probability: float, coarsest: float) -> float:
+def fitting_interval(noise_multiplier: float, sampling_probability: float, coarsest: float) -> float:
     """A grid at least ten times finer than one step's privacy loss, about q / sigma; coarser ones overstate epsilon."""
     wanted = sampling_probability / noise_multiplier / 10
     power = math.floor(math.log10(wanted))
     return float(max(_FINEST_INTERVAL, min(coarsest, 10.0**power)))
 
 
-def _pld_accountant(interval: float) -> Any:
+def pld_accountant(interval: float) -> Any:
+    """An accountant of privacy loss distributions on a grid of this spacing."""
     return pld.PLDAccountant(
         dp_accounting.NeighboringRelation[NEIGHBORING_RELATION], value_discretization_interval=interval
     )
 
 
-def _dp_event(noise_multiplier: float, sampling_probability: float, num_steps: int) -> Any:
+def dp_event(noise_multiplier: float, sampling_probability: float, num_steps: int) -> Any:
     """DP-SGD as an event: Gaussian mechanism on a Poisson sample, composed with itself."""
     step = dp_accounting.PoissonSampledDpEvent(sampling_probability, dp_accounting.GaussianDpEvent(noise_multiplier))
     return dp_accounting.SelfComposedDpEvent(step, num_steps)

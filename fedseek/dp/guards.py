@@ -6,8 +6,10 @@ Ways to believe in an epsilon that was never earned, none of which raises an err
     records_uncoupled         a record's loss depends on its neighbours in the batch
     no_record_lost            a micro-batch was dropped on the way to the step
     noise_not_seeded_by_plan  noise that a seed repeats, here or at another site
-    noise_added               noise that is missing or too small
+    noise_added               noise that is missing or too small, in one tensor or in all
+    cryptographic_randomness  noise or draws of a statistical generator, which whoever has seen enough can continue
     sampling_from_plan        a loader's batch size changed the sampling probability
+    draws_independent         a sampler that shuffles, or draws batches of one size
     every_tensor_trained      the optimiser holds other tensors than the model
     poisson_batches_used      trained on other records than were drawn
     composition_over_run      one round's epsilon stated for the whole run
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +38,9 @@ RECORDS_UNCOUPLED = "records_uncoupled"
 NO_RECORD_LOST = "no_record_lost"
 NOISE_NOT_SEEDED_BY_PLAN = "noise_not_seeded_by_plan"
 NOISE_ADDED = "noise_added"
+CRYPTOGRAPHIC_RANDOMNESS = "cryptographic_randomness"
 SAMPLING_FROM_PLAN = "sampling_from_plan"
+DRAWS_INDEPENDENT = "draws_independent"
 EVERY_TENSOR_TRAINED = "every_tensor_trained"
 POISSON_BATCHES_USED = "poisson_batches_used"
 COMPOSITION_OVER_RUN = "composition_over_run"
@@ -48,7 +52,9 @@ TRAINING_GUARDS = (
     NO_RECORD_LOST,
     NOISE_NOT_SEEDED_BY_PLAN,
     NOISE_ADDED,
+    CRYPTOGRAPHIC_RANDOMNESS,
     SAMPLING_FROM_PLAN,
+    DRAWS_INDEPENDENT,
     EVERY_TENSOR_TRAINED,
     POISSON_BATCHES_USED,
     COMPOSITION_OVER_RUN,
@@ -63,6 +69,10 @@ _FLOAT32_SLACK = 1e-3
 _UNCOUPLED_SLACK = 0.02
 # Gradients below this fraction of the clip norm are rounding and drown in the noise.
 _NEGLIGIBLE = 1e-3
+# Below this a draw's size is too coarse for its spread to tell anything.
+_ENOUGH_VARIANCE = 2.0
+NUM_TRIAL_DRAWS = 256
+"""Draws that `check_draws_independent` needs to tell batches of one size from coins."""
 # One false alarm in a billion rounds.
 _LOG_FALSE_ALARM = math.log(2e9)
 
@@ -141,11 +151,11 @@ def check_noise_not_seeded(draws: Sequence[NDArray[np.float64]]) -> str:
 
 
 def check_noise_added(sum_of_squares: float, num_values: int, *, std: float) -> str:
-    """What the step added to the clipped sum has the standard deviation of the plan, up to chance.
+    """What the step added to the clipped sum has the standard deviation of the plan, up to chance. Every step.
 
     Args:
-        sum_of_squares: of the difference between the noised and the clipped sum, over all trained values.
-        num_values: number of trained values.
+        sum_of_squares: of the difference between the noised and the clipped sum, over the values of one tensor or of all.
+        num_values: number of these values.
         std: ``noise_multiplier * l2_clip_norm``.
     """
     # Laurent and Massart 2000, lemma 1: P(X <= k - 2 sqrt(k x)) <= exp(-x) for X chi-squared with k degrees of freedom.
@@ -154,6 +164,22 @@ def check_noise_added(sum_of_squares: float, num_values: int, *, std: float) -> 
         got = math.sqrt(sum_of_squares / num_values) if sum_of_squares >= 0 else math.nan
         raise GuardTripped(NOISE_ADDED, f"the noise has standard deviation {got:.4g}, wanted {std:.4g}")
     return NOISE_ADDED
+
+
+def check_cryptographic_randomness(secret: Mapping[str, bool]) -> str:
+    """What must stay unknown comes from a cryptographic generator that the operating system keyed.
+
+    Args:
+        secret: for each use, ``noise`` and ``draws``, whether its source is one.
+    """
+    statistical = sorted(use for use, holds in secret.items() if not holds)
+    if statistical or not secret:
+        raise GuardTripped(
+            CRYPTOGRAPHIC_RANDOMNESS,
+            f"{' and '.join(statistical) or 'nothing'} came from a statistical generator, wanted a cryptographic one",
+            hint="take it from fedseek.dp.randomness.secret_generator",
+        )
+    return CRYPTOGRAPHIC_RANDOMNESS
 
 
 def check_sampling_from_plan(sampling_probability: float, *, planned: float, num_drawn: int, num_chances: int) -> str:
@@ -171,16 +197,58 @@ def check_sampling_from_plan(sampling_probability: float, *, planned: float, num
             f"units were sampled with probability {sampling_probability:.6g}, wanted the plan's {planned:.6g}",
             hint="take the probability from the plan, not from the length of a loader",
         )
-    # Bernstein's inequality for a sum of num_chances coins.
-    variance = num_chances * planned * (1 - planned)
-    slack = math.sqrt(2 * variance * _LOG_FALSE_ALARM) + 2 / 3 * _LOG_FALSE_ALARM
-    if abs(num_drawn - num_chances * planned) > slack:
+    if not _is_binomial(num_drawn, num_chances, planned):
         raise GuardTripped(
             SAMPLING_FROM_PLAN,
             f"{num_drawn} of {num_chances} chances were drawn, wanted about {num_chances * planned:.0f}",
             hint="the accountant assumes that each unit is drawn by a coin of its own in each step",
         )
     return SAMPLING_FROM_PLAN
+
+
+def check_draws_independent(draws: Sequence[NDArray[np.int64]], *, num_units: int, planned: float) -> str:
+    """Trial draws look like coins: their sizes vary, and two of them share as many units as chance wants.
+
+    A sampler that shuffles gives a unit once an epoch, and one of batches of fixed size always as many; neither has the
+    privacy cost that the accountant counts, though both draw the right number of units. What a site is too small to
+    show is not held against it.
+
+    Args:
+        draws: units of independent trial draws that nothing is trained on, each shape (num_drawn,); an even number.
+        num_units: of the site.
+        planned: chance of a unit to be drawn, from the plan.
+    """
+    variance = num_units * planned * (1 - planned)
+    sizes = np.array([len(draw) for draw in draws], dtype=np.float64)
+    if variance >= _ENOUGH_VARIANCE:
+        spread = float(np.square(sizes - num_units * planned).sum() / variance)
+        # Maurer 2003 (JIPAM 4, art. 15), theorem 2.1: a sum S of non-negative X_i stays below E S - t with probability at
+        # most exp(-t^2 / (2 sum E X_i^2)). Of the squared, standardised size of a binomial E X = 1, E X^2 < 3 + 1 / variance.
+        least = len(draws) - math.sqrt(2 * len(draws) * (3 + 1 / variance) * _LOG_FALSE_ALARM)
+        if spread < least:
+            _refuse_draws(
+                f"the sizes of {len(draws)} draws vary {spread / len(draws):.2f} times as much as coins would"
+            )
+    # Disjoint pairs of draws: each unit is in both with probability q^2, by a coin of its own.
+    shared = sum(
+        len(np.intersect1d(one, other, assume_unique=True)) for one, other in zip(draws[::2], draws[1::2], strict=True)
+    )
+    chances = num_units * (len(draws) // 2)
+    if not _is_binomial(shared, chances, planned**2):
+        _refuse_draws(f"pairs of draws share {shared} units, wanted about {chances * planned**2:.0f}")
+    return DRAWS_INDEPENDENT
+
+
+def _refuse_draws(what: str) -> Never:
+    hint = "each unit is drawn by a coin of its own in each step: no shuffling, no batches of one size"
+    raise GuardTripped(DRAWS_INDEPENDENT, what, hint=hint)
+
+
+def _is_binomial(count: int, chances: int, probability: float) -> bool:
+    """Whether so many of that many coins are within reach of chance (Bernstein's inequality)."""
+    variance = chances * probability * (1 - probability)
+    slack = math.sqrt(2 * variance * _LOG_FALSE_ALARM) + 2 / 3 * _LOG_FALSE_ALARM
+    return abs(count - chances * probability) <= slack
 
 
 def check_something_to_train(depends_on_trainable: bool) -> str:

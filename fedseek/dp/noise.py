@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedseek.dp.randomness import secret_generator
+from fedseek.dp.randomness import is_secret, secret_generator
 
 # A sum of four draws: which floats a single draw can return depends on its value, and the gaps tell the value before
 # the noise (Mironov 2012). Sums of 2n draws close them; n = 2 (Holohan and Braghin 2021, arXiv:2107.10138, section 5).
@@ -26,13 +26,19 @@ class SecretGaussian:
     """A source of Gaussian noise keyed by the operating system; takes no seed, cannot be copied or stored.
 
     Guarantees:
-        Two sources never share a stream, whatever seeds torch, numpy or Python were given.
+        Two sources never share a stream, whatever seeds torch, numpy or Python were given; nor do the two halves of a
+        process that forks.
     """
 
     __slots__ = ("_generator",)
 
     def __init__(self) -> None:
         self._generator = secret_generator()
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether the noise comes from a cryptographic generator under a key of the operating system."""
+        return is_secret(self._generator)
 
     def normal(self, shape: torch.Size, std: float) -> torch.Tensor:
         """Independent draws of N(0, std**2).

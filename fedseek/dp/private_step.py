@@ -59,7 +59,7 @@ class SecretNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is unty
         self._noise = SecretGaussian()
         self.num_accumulated = 0
         self.num_noised_steps = 0
-        self.noise_sum_of_squares = 0.0
+        self.noise_squares: list[float] = []
 
     def clip_and_accumulate(self) -> None:
         """Add the clipped per-record gradients of one micro-batch to the sum."""
@@ -78,7 +78,7 @@ class SecretNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is unty
             noise = self._noise.normal(tensor.shape, std).to(tensor.device, tensor.dtype)
             tensor.grad = tensor.summed_grad + noise
             squares.append((tensor.grad - tensor.summed_grad).double().square().sum())
-        self.noise_sum_of_squares = float(torch.stack(squares).sum())
+        self.noise_squares = torch.stack(squares).tolist()
 
     def scale_grad(self) -> None:
         """Divide by the expected batch size."""
@@ -98,6 +98,11 @@ class SecretNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is unty
         """Norm of the clipped sum over all tensors; 0 when nothing was accumulated."""
         sums = [tensor.summed_grad for tensor in self.params if tensor.summed_grad is not None]
         return float(torch.linalg.vector_norm(torch.stack([s.norm() for s in sums]))) if sums else 0.0
+
+    @property
+    def noise_is_secret(self) -> bool:
+        """Whether the noise comes from a cryptographic generator under a key of the operating system."""
+        return self._noise.is_secret
 
     def probe_noise(self) -> str:
         """Check that the noise of this optimiser is out of reach of every global seed.
@@ -127,6 +132,11 @@ class PrivateStep:
         self._trained_on: list[NDArray[np.int64]] = []
         self._before = {name: tensor.detach().clone() for name, tensor in self._trainable().items()}
         self.passed = {optimizer.probe_noise()}
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether the noise comes from a cryptographic generator under a key of the operating system."""
+        return self._optimizer.noise_is_secret
 
     @property
     def num_steps(self) -> int:
@@ -164,13 +174,7 @@ class PrivateStep:
             ),
         }
         self._optimizer.step()
-        self.passed.add(
-            guards.check_noise_added(
-                self._optimizer.noise_sum_of_squares,
-                sum(tensor.numel() for tensor in self._optimizer.params),
-                std=self._privacy.noise_multiplier * self._privacy.l2_clip_norm,
-            )
-        )
+        self._check_noise()
         self._optimizer.zero_grad(set_to_none=True)
         self._trained_on.clear()
 
@@ -204,6 +208,13 @@ class PrivateStep:
             GuardTripped: one stayed, disappeared or is not finite.
         """
         self.passed.add(guards.check_tensors_moved(self._before, self._trainable()))
+
+    def _check_noise(self) -> None:
+        """Noise was added to each tensor that moved, and to all of them together as much as the plan wants."""
+        std = self._privacy.noise_multiplier * self._privacy.l2_clip_norm
+        squares, sizes = self._optimizer.noise_squares, [tensor.numel() for tensor in self._optimizer.params]
+        for of_tensor, size in [*zip(squares, sizes, strict=True), (sum(squares), sum(sizes))]:
+            self.passed.add(guards.check_noise_added(of_tensor, size, std=std))
 
     def _trainable(self) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from fedseek.dp.randomness import is_secret
 from fedseek.errors import UnsupportedMechanism
 
 Indices = NDArray[np.int64]
@@ -56,6 +57,11 @@ class PoissonUnitSampler:
         _, starts, counts = np.unique(units[self._by_unit], return_index=True, return_counts=True)
         self._starts: Indices = starts.astype(np.int64)
         self._counts: Indices = counts.astype(np.int64)
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether the draws come from a cryptographic generator under a key of the operating system."""
+        return is_secret(self._generator)
 
     @property
     def num_units(self) -> int:

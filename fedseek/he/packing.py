@@ -59,6 +59,11 @@ class Packing:
         """Largest integer that every one of ``max_sites`` sites may put in a slot of its own without wrapping t."""
         return (self.params.plain_modulus - 1) // self.max_sites
 
+    @property
+    def levels(self) -> int:
+        """Steps from 0 to the largest value. One code of 2^b is given up so that zero is a code of its own, in the middle."""
+        return (1 << (self.value_bits - 1)) - 1
+
     def num_slots(self, num_values: int) -> int:
         """Slots that ``num_values`` values fill."""
         return -(-num_values // self.digits_per_slot)

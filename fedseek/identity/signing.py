@@ -38,6 +38,7 @@ CONTEXT_AUDIT: Final = b"fedseek/audit-line/v1"
 CONTEXT_AUDIT_HEAD: Final = b"fedseek/audit-head/v1"
 CONTEXT_HEADS_SEEN: Final = b"fedseek/audit-heads-seen/v1"
 CONTEXT_APPROVAL: Final = b"fedseek/plan-approved-by-person/v1"
+CONTEXT_RELEASE_APPROVAL: Final = b"fedseek/release-approved-by-person/v1"
 
 SIGNATURE_BYTES = 64
 _SIGNED_PREFIX = b"fedseek/signed/v1"

@@ -1,34 +1,30 @@
-"""Write what was trained in the formats others load: the adapter as PEFT, the head as safetensors."""
+"""What was trained, in the formats others load: the adapter's weights as PEFT has them, the head as safetensors."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from safetensors.numpy import save_file
+from peft import get_peft_model_state_dict
+from safetensors import torch as safetensors_torch
+from safetensors.numpy import save
 
 from fedseek.lora.model import AdapterModel, head_tensors
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-ADAPTER_FILES = ("adapter_config.json", WEIGHTS_FILE)
+
+def adapter_weights(model: AdapterModel) -> bytes:
+    """The bytes of ``adapter_model.safetensors``, of which ``adapter_file.adapter_config`` is the other half."""
+    tensors = get_peft_model_state_dict(model.encoder, save_embedding_layers=False)
+    values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    written: bytes = safetensors_torch.save(values, metadata={"format": "pt"})
+    return written
 
 
-def save_adapter(model: AdapterModel, folder: Path, *, base_name: str) -> None:
-    """Write a folder that ``PeftModel.from_pretrained(base, folder)`` loads.
-
-    ``base_name`` replaces the path the base was loaded from, which is nobody else's business.
-    """
-    config = model.encoder.peft_config["default"]
-    config.base_model_name_or_path = base_name
-    config.inference_mode = True
-    model.encoder.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's model card template: empty but for that path
-
-
-def save_head(model: AdapterModel, folder: Path, *, kind: str, labels: Sequence[str]) -> None:
-    """Write ``head-<kind>.safetensors`` (weight (L, H), bias (L,)) and the labels its rows stand for."""
+def head_files(model: AdapterModel, *, kind: str, labels: Sequence[str]) -> dict[str, bytes]:
+    """``head-<kind>.safetensors`` (weight (L, H), bias (L,)) and the labels its rows stand for, by name of the file."""
     tensors = {name.removeprefix("head."): value for name, value in head_tensors(model).items()}
-    save_file(tensors, folder / f"head-{kind}.safetensors")
     document = {"kind": kind, "labels": list(labels), "pooling": "mean over tokens where attention_mask is 1"}
-    (folder / f"head-{kind}.json").write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    return {
+        f"head-{kind}.safetensors": save(tensors),
+        f"head-{kind}.json": json.dumps(document, ensure_ascii=False, indent=2).encode() + b"\n",
+    }

@@ -18,7 +18,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedseek.errors import CohortTooSmall, CustodyError, Malformed, MessageError
-from fedseek_server.coordinator import Coordinator, Exchange
+from fedseek_server.coordinator import Coordinator
+from fedseek_server.exchange import Exchange
 
 MESSAGE_TYPES: Final = {
     "plan": "query.plan",
@@ -59,6 +60,7 @@ def build_server_app(
         sites = len(coordinator.roster.entries)
         wait_for_nodes(grid, sites, at_least=cohort.min_sites, timeout=connect_timeout)
         for exchange in coordinator.play(lambda: sorted(grid.get_node_ids())):
+            time.sleep(exchange.pause_seconds)
             for node, content in deliver(grid, exchange, timeout=timeout):
                 take(coordinator, node, content)
         finish(coordinator)

@@ -26,6 +26,7 @@ from fedseek.daemon.process import start_log, stop_on_signals
 from fedseek.errors import ReleaseRefused, exit_code_of
 from fedseek.plan import load_plan
 from fedseek_server.accepting import ask_to_accept
+from fedseek_server.approving import APPROVED
 from fedseek_server.consortium import AUDIT
 from fedseek_server.consortium_files import ConsortiumFiles, read_about
 from fedseek_server.enrol_commands import admit, folder_option, init, keys, revoke, roster
@@ -120,15 +121,22 @@ def stop(name: str, folder: Path) -> None:
 @cli.command(epilog="Example: fedseek-server release demo-20261122-180000 --out ./adapter")
 @click.argument("name")
 @folder_option
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="A new folder.")
-def release(name: str, folder: Path, out: Path) -> None:
-    """Copy the adapter that all sites of run NAME approved, with their signed statements, to --out."""
+@click.option("--out", type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--ask-again", is_flag=True, help="Instead: wait once more for sites that did not approve in time.")
+def release(name: str, folder: Path, out: Path | None, ask_again: bool) -> None:
+    """Copy the adapter of run NAME to --out, with the signed statements of the sites that approved its release."""
+    if (out is None) != ask_again:
+        raise click.UsageError("wanted one of --out FOLDER and --ask-again")
     found = run_folder(folder, name)
+    if out is None:
+        found.ask_again()
+        click.echo(f"sites are asked for approvals of run {found.path.name} as soon as the daemon has read this")
+        return
     told = found.status()
     if told.state != "released":
         raise ReleaseRefused(
             f"run {found.path.name} is {told.state}{': ' + told.text if told.text else ''}",
-            hint="an adapter leaves only when every site in it has approved",
+            hint="an adapter leaves only when the sites in it have approved",
         )
     if out.exists():
         raise click.BadParameter(f"{out} exists; wanted a new folder", param_hint="--out")
@@ -159,8 +167,17 @@ def _line(told: Status) -> str:
             if told.round <= told.rounds
             else f"all {told.rounds} rounds are done"
         )
-        return f"running: {told.phase or 'begins'}, {where}"
+        return _waited_for(told) if told.approvals_wanted else f"running: {told.phase or 'begins'}, {where}"
     return f"{told.state}{': ' + told.text if told.text else ''}{chr(10) + '  hint: ' + told.hint if told.hint else ''}"
+
+
+def _waited_for(told: Status) -> str:
+    missing = {site: word for site, word in sorted(told.sites.items()) if word != APPROVED}
+    words = "; ".join(f"{site}: {word}" for site, word in missing.items())
+    fewer = f", {told.approvals_wanted} are enough" if told.approvals_wanted < len(told.sites) else ""
+    return f"waiting for approvals: {len(told.sites) - len(missing)} of {len(told.sites)}{fewer}" + (
+        f" ({words})" if words else ""
+    )
 
 
 def _show(told: Status) -> None:

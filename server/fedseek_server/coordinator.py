@@ -7,7 +7,7 @@ all have answered or will not any more.
     plan, shares            once: who runs it, and the shares for round 1
     round, unmask           each round: masked updates up, then the shares that open their sum
     close, unmask           the same once more, for the final metrics
-    release                 once
+    release                 until enough sites have approved (approving.py), with pauses between
     key                     when a group key is wanted
 
 A site that does not answer is missing from that round and comes back two rounds later: *unmask* offers it the plan
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from fedseek.cohort import Federation
 from fedseek.errors import (
@@ -47,12 +46,14 @@ from fedseek.messages import (
     PlanOffer,
     Refused,
     ReleaseApproved,
+    ReleaseRequest,
     Request,
     decode_reply,
-    encode_message,
 )
 from fedseek.plan import Plan
+from fedseek_server import approving
 from fedseek_server.envelopes import NO_EPOCH
+from fedseek_server.exchange import Exchange, Requests
 from fedseek_server.history import EndedRounds, RoundsInMemory, given_up
 from fedseek_server.replies import largest_reply, refusal, take_reply
 from fedseek_server.requests import plan_offers, release_requests, round_requests, share_requests, unmask_requests
@@ -65,44 +66,6 @@ NOTHING_OPENED = "the run's record says of each round why"
 MISSING_ONLY = frozenset(
     {CohortTooSmall.__name__, NotNow.__name__}
 )  # a "no" that costs a site the round, nobody the run
-
-
-class Requests(Mapping[int, bytes]):
-    """Requests by node, encoded when looked at: the sum of a round is in many of them, and is held once."""
-
-    def __init__(self, requests: Mapping[int, Request]) -> None:
-        self._requests = requests
-        self._sizes: dict[int, int] = {}
-
-    def __getitem__(self, node: int) -> bytes:
-        data = encode_message(self._requests[node])
-        self._sizes[node] = len(data)
-        return data
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._requests)
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def size(self, node: int) -> int:
-        """Bytes of one request."""
-        return self._sizes[node] if node in self._sizes else len(self[node])
-
-
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """One message to each of some nodes; a reply from each is wanted, and none is waited for beyond reason.
-
-    Attributes:
-        phase: plan, shares, key, round, unmask, close or release. Within one, nodes may be asked different things.
-        round: that it belongs to; the closing round is the one after the plan's last.
-        requests: encoded, by node.
-    """
-
-    phase: str
-    round: int
-    requests: Mapping[int, bytes]
 
 
 class Coordinator:
@@ -118,6 +81,7 @@ class Coordinator:
         ended: where the ends of rounds lie.
         checkpoint: called between two rounds, when ``snapshot`` may be taken.
         all_needed: a site that refuses the plan ends the run; else it is only not in it.
+        wait_seconds: for approvals of the release; None: as the plan says. In a simulation there is nobody to wait for.
 
     Raises:
         InvalidPlan: there is no round of the plan left after the one it goes on from.
@@ -135,6 +99,7 @@ class Coordinator:
         ended: EndedRounds | None = None,
         checkpoint: Callable[[], None] = lambda: None,
         all_needed: bool = True,
+        wait_seconds: float | None = None,
     ) -> None:
         self.plan = plan
         self.roster = roster
@@ -148,9 +113,9 @@ class Coordinator:
         self._checkpoint = checkpoint
         self._all_needed = all_needed
         self._refused: dict[str, str] = {}  # sites that are not in the run, and their rule
+        self._wait_seconds = plan.spec.release.wait_hours * 3600.0 if wait_seconds is None else wait_seconds
         self._nodes: Nodes = tuple
         self._here: Sequence[int] = ()
-        self._now = 0.0
         self._open, self._requests = ("none", 0), Requests({})  # phase and round of the exchange under way
         self._asked: Mapping[int, Request] = {}
         self._answered: set[int] = set()
@@ -162,12 +127,16 @@ class Coordinator:
 
     @property
     def contributors(self) -> tuple[str, ...]:
-        """Sites whose update is in the adapter; each of them must approve a release. In roster order."""
-        return tuple(name for name in self.roster.names if name in self._state.history.contributors)
+        """Sites whose update is in the adapter, in roster order; as many as the plan says must approve a release."""
+        return approving.contributors(self._state)
 
     def request_rotation(self) -> None:
         """Have a new group key made before the next round."""
         self._state.rotation_wanted = True
+
+    def ask_again(self, now: float) -> None:
+        """Wait for approvals of the release once more, from ``now`` on, as long as before; before ``play`` goes on."""
+        self._state.asked_since, self._state.asked_until = now, now + self._wait_seconds
 
     def snapshot(self) -> Snapshot:
         """What ``resume`` goes on from; to be taken when ``checkpoint`` is called."""
@@ -187,6 +156,7 @@ class Coordinator:
 
         Raises:
             CohortTooSmall: too few sites for the run, no round that could be opened, or no closing round.
+            ReleaseRefused: too few sites approved the release in the time that the plan gives them.
         """
         self._nodes = nodes
         state, first = self._state, self._state.history.first
@@ -202,7 +172,7 @@ class Coordinator:
             yield from self._play_round(state.closing, "close")
         if not state.history.read(state.closing).survivors:
             raise CohortTooSmall("the closing round could not be opened", hint=NOTHING_OPENED)
-        yield from self._ask("release", state.closing, release_requests(state, self._look()))
+        yield from self._release()
 
     def unanswered(self) -> Exchange:
         """The exchange under way, with the requests that have not been answered."""
@@ -229,7 +199,7 @@ class Coordinator:
             MessageError, CustodyError: it does not parse, is too large, answers another request, or is not signed by
                 whom it names. The driver tells ``reject`` and goes on.
             PlanRefused, SiteRefused: the site says no; the run is over. A site that finds too few others in a round
-                only counts as missing from it.
+                only counts as missing from it, and one that is not in the adapter cannot refuse its release.
             WrongModel, AdapterDiverged: sites hold different models or adapters; the run is over.
         """
         self.check_asked(node, len(data))
@@ -241,7 +211,7 @@ class Coordinator:
             return
         if reply.run != self.run:
             raise WrongRound(f"site {reply.site!r} answered for run {reply.run!r}, this is {self.run!r}")
-        take_reply(self._state, node, asked, reply, nodes=self._here, now=self._now)
+        take_reply(self._state, node, asked, reply, nodes=self._here, now=self._state.now)
         self._answered.add(node)
         sizes = {"bytes_in": len(data), "bytes_out": self._requests.size(node)}
         self._tell("reply", site=reply.site, answer=type(reply).__name__, **sizes)
@@ -257,12 +227,23 @@ class Coordinator:
         A site that cannot go on from the other run is not in this one, nor is one that refuses the plan where not all are
         needed; whether that leaves too few is known when all have answered.
         """
+        if isinstance(asked, ReleaseRequest):
+            self._put_off(reply)
+            return
         stays_out = isinstance(asked, PlanOffer) and reply.code == PlanRefused.__name__
         is_missed = self._all_needed and not (isinstance(asked, PlanOffer) and asked.continues)
         if reply.code not in MISSING_ONLY and (is_missed or not stays_out):
             raise refusal(reply)
         self._refused[reply.site] = reply.rule
         self._tell("declined", site=reply.site, code=reply.code, rule=reply.rule)
+
+    def _put_off(self, reply: Refused) -> None:
+        """A site does not approve the release: not yet, or never. The same word again is not told again."""
+        if reply.code not in MISSING_ONLY and reply.site in self.contributors:
+            raise refusal(reply)
+        if self._state.put_off.get(reply.site) != reply.rule:
+            self._state.put_off[reply.site] = reply.rule
+            self._tell("declined", site=reply.site, code=reply.code, rule=reply.rule)
 
     def _admit(self, first: int) -> Iterator[Exchange]:
         self._look()
@@ -306,6 +287,26 @@ class Coordinator:
         yield from self._ask("unmask", number, unmask_requests(state, self._here, number))
         self._end_round(number, phase)
 
+    def _release(self) -> Iterator[Exchange]:
+        """Ask for approvals until there are enough (``approving``)."""
+        state, number, asks = self._state, self._state.closing, 0
+        sending = approving.senders(state)
+        while True:
+            had_enough, connected = approving.has_enough(state), self._look()
+            if not state.asked_since:
+                self.ask_again(state.now)
+            yield from self._ask("release", number, release_requests(state, connected, sending))
+            self._observe({"event": "approvals", "phase": "release", "round": number, **approving.how_far(state)})
+            if had_enough or not approving.missing(state):
+                return
+            # whether the wait is over is asked after an exchange is over: there ``ask_again`` can come between
+            yield Exchange("release", number, {}, pause_seconds=approving.pause(state))
+            if state.now >= state.asked_until and not approving.has_enough(state):
+                raise approving.refused(state)
+            asks += 1
+            if asks % approving.ASKS_A_SNAPSHOT == 0:
+                self._checkpoint()
+
     def _end_round(self, number: int, phase: str) -> None:
         """Open the sum, or give the round up; either way the next one begins."""
         state = self._state
@@ -338,7 +339,7 @@ class Coordinator:
     def _rotate(self, number: int) -> Iterator[Exchange]:
         """Have the next group key made, if it is time. Should nobody make it, the old one stays: sites know its age."""
         envelopes, connected = self._state.envelopes, self._look()
-        if not (self._state.rotation_wanted or envelopes.is_old(now=self._now)):
+        if not (self._state.rotation_wanted or envelopes.is_old(now=self._state.now)):
             return
         epoch = envelopes.epoch + 1
         there = self._state.pipeline.participants(number, connected)
@@ -365,7 +366,7 @@ class Coordinator:
         self._tell("phase", sites=len(requests))
         yield Exchange(phase, number, self._requests)
         for node in requests:
-            if node not in self._answered:
+            if node not in self._answered and self._state.admissions.sites.get(node) not in self._state.put_off:
                 self._tell("dropout", node=node, site=self._state.admissions.sites.get(node))
         self._asked = {}
 
@@ -376,5 +377,5 @@ class Coordinator:
     def _look(self) -> dict[str, int]:
         """See who is there now, and what time it is: the admitted sites and their nodes, in roster order."""
         self._here = sorted(self._nodes())
-        self._now = self._clock()
+        self._state.now = self._clock()
         return self._state.admissions.connected(self._here)

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from fedseek.errors import CustodyError, FedseekError, MessageError, SessionOver, Stopped, Undelivered, Unreachable
 
 if TYPE_CHECKING:
-    from fedseek_server.coordinator import Exchange
+    from fedseek_server.exchange import Exchange
 
 SHORTEST_TICK, LONGEST_TICK = 0.1, 1.0  # seconds between two looks for replies
 TICK_SHARE: Final = 0.02  # of the time already waited: so much may looking seldom add to it
@@ -205,6 +205,8 @@ class Driver:
                 self._recover()
 
     def _carry(self, exchange: Exchange, conductor: Conductor) -> None:
+        if exchange.pause_seconds and self._stop.wait(exchange.pause_seconds):
+            raise Stopped(f"stopped between two exchanges of {exchange.phase}")
         seconds = self._deadline(exchange)
         nodes = {node: _Awaited() for node in exchange.requests}
         began, self._look_at, failures = self._clock(), -inf, 0

@@ -17,10 +17,11 @@ from fedseek.daemon.parcels import ParcelDown, ParcelUp, Verdict, decode_parcel_
 from fedseek.errors import AuditBroken, FedseekError, Malformed, MessageError, WrongKey
 from fedseek.identity.signed_roster import SignedRoster
 from fedseek.messages import Standing
-from fedseek_server.coordinator import Exchange
 from fedseek_server.driver import Conductor
+from fedseek_server.exchange import Exchange
 
 GREET = "greet"
+ASKED_AGAIN = "again"  # without heads: a wait for people's approvals may take weeks, and would fill every record
 _WITH_HEADS = frozenset({GREET, "round", "close", "release"})  # once a round, and between runs
 _log = logging.getLogger(__name__)
 
@@ -108,6 +109,10 @@ class Mail:
         self._take_head(site, parcel)
         return parcel
 
+    def heads_seen(self) -> tuple[tuple[AuditHead, ...], dict[str, bytes]]:
+        """The heads of all records as they last went around, and the countersignatures of sites over that list."""
+        return self._sent, {site: signature for site, signature in self._signed.items() if site != COORDINATOR}
+
     def holds_roster(self, site: str) -> bool:
         """Whether the site said that it holds the roster in force."""
         return self._holds.get(site) == self.roster.digest()
@@ -166,9 +171,15 @@ class Posted:
 
     def play(self, nodes: Callable[[], Sequence[int]]) -> Iterator[Exchange]:
         """The run's exchanges, each message in a parcel."""
+        before = None
         for exchange in self.inner.play(nodes):
-            self.mail.open_exchange(exchange.phase)
-            yield Exchange(exchange.phase, exchange.round, Parcels(self.mail, exchange.requests, self.run))
+            if exchange.pause_seconds:
+                yield exchange
+                continue
+            where = (exchange.phase, exchange.round)
+            self.mail.open_exchange(exchange.phase if where != before else ASKED_AGAIN)
+            before = where
+            yield Exchange(*where, Parcels(self.mail, exchange.requests, self.run))
 
     def receive(self, node: int, data: bytes) -> None:
         """Open the parcel, take what is around the message, hand on the message.

@@ -4,6 +4,7 @@ runs/<run>/  order.json   what was asked, written once
 plan.json    the canonical plan
 status.json  how far it is, for people and scripts
 stop         there when somebody asked to stop it
+ask-again    there when somebody asked to wait for approvals of the release once more
 report.jsonl what happened
 run.sqlite3  what the coordinator needs to go on (run_log.py)
 release/     what all sites approved
@@ -11,6 +12,7 @@ release/     what all sites approved
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import time
@@ -21,7 +23,7 @@ from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
-from fedseek.errors import FedseekError, InvalidPlan, Malformed
+from fedseek.errors import FedseekError, InvalidPlan, Malformed, ReleaseRefused
 from fedseek.identity.secret_files import refusing, write_secret_file
 from fedseek.plan import Plan, plan_from_canonical
 
@@ -58,7 +60,9 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Attributes:
         state: queued; waiting for sites; running; or over: released, failed, stopped.
         phase, round, rounds: of the exchange under way.
-        sites: by name, a word on each: ready, waiting, refused and the rule, away, answered.
+        sites: by name, a word on each: ready, waiting, refused and the rule, away, answered. While approvals of the
+            release are waited for, of those in the adapter: approved, away, or the rule that it does not approve by yet.
+        approvals_wanted: how many of these have to approve; 0 before.
         code, text, hint: why it failed.
         updated_at: Unix time in seconds.
     """
@@ -70,6 +74,7 @@ class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     round: int = 0
     rounds: int = 0
     sites: dict[str, Text] = {}
+    approvals_wanted: int = 0
     code: str = ""
     text: Text = ""
     hint: Text = ""
@@ -96,6 +101,11 @@ class RunFolder:
     def is_to_stop(self) -> bool:
         """Whether somebody asked to stop the run."""
         return (self.path / "stop").exists()
+
+    @property
+    def is_to_ask_again(self) -> bool:
+        """Whether somebody asked to wait for approvals once more."""
+        return (self.path / "ask-again").exists()
 
     def order(self) -> Order:
         """What was asked."""
@@ -129,6 +139,26 @@ class RunFolder:
         if state not in OPEN_STATES:
             raise FedseekError(f"run {self.path.name} is {state} already", hint="there is nothing to stop")
         (self.path / "stop").touch(mode=0o600)
+
+    def ask_again(self) -> None:
+        """Have the daemon ask once more for approvals of a release that was refused for want of them.
+
+        Raises:
+            FedseekError: that is not how the run ended.
+        """
+        told = self.status()
+        if (told.state, told.code) != ("failed", ReleaseRefused.__name__):
+            raise FedseekError(
+                f"run {self.path.name} is {told.state}{f' ({told.code})' if told.code else ''}",
+                hint="asked once more are sites that did not approve a release in time; nothing else is done twice",
+            )
+        (self.path / "ask-again").touch(mode=0o600)
+        self.write_status(msgspec.structs.replace(told, state="queued", code="", text="", hint=""))
+        os.utime(self.path.parent)  # what the daemon looks at: see ``last_change``
+
+    def asked_again(self) -> None:
+        """The wish is on the run's own record."""
+        (self.path / "ask-again").unlink(missing_ok=True)
 
 
 def submit(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from fedseek.daemon.audit import AuditChain
 from fedseek.daemon.process import following
 from fedseek.daemon.reports import Event, EventLog, auditable, peak_rss_mb
@@ -16,13 +18,13 @@ from fedseek.errors import AuditBroken, CohortTooSmall, Expired, FedseekError, J
 from fedseek.identity.roster import Roster
 from fedseek.plan import Plan
 from fedseek_server.continuing import last_common
-from fedseek_server.coordinator import Exchange
 from fedseek_server.driver import Driver
+from fedseek_server.exchange import Exchange
 from fedseek_server.flower import FlowerLink
 from fedseek_server.mail import Greeting, Mail, Posted
 from fedseek_server.orders import RunFolder, Status
 from fedseek_server.recorded import RecordedRun
-from fedseek_server.releasing import write_release
+from fedseek_server.releasing import audit_heads, write_release
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two greetings while sites are waited for
 GREETING_SECONDS: Final = 60.0  # that a greeting waits for its slowest site
@@ -98,11 +100,16 @@ def _play(network: Network, folder: RunFolder, stop: threading.Event, report: Ev
             log_folder, plan=plan, roster=roster, run=order.run, continues=continues, observe=progress.see
         )
     try:
+        if folder.is_to_ask_again:
+            recorded.ask_again()
+            progress.audit.record("release-asked-again", run=order.run)
+            folder.asked_again()
         folder.write_status(Status(run=order.run, state="running", rounds=plan.spec.training.rounds))
         conductor = Posted(order.run, Settled(recorded, network.settle_seconds, stop), mail)
         network.driver(stop, plan.spec.cohort.deadline_seconds).drive(conductor)
         if not folder.release.exists():  # written whole: by a process that was killed before it could say so
-            write_release(recorded.coordinator, folder.release)
+            heads = audit_heads(recorded.coordinator.roster, *mail.heads_seen())
+            write_release(recorded.coordinator, folder.release, heads=heads)
     finally:
         recorded.close()
     report.write({"event": "finished", "coordinator_rss_mb": peak_rss_mb()})
@@ -208,16 +215,29 @@ class Progress:
         kind = AUDITED.get(event["event"])
         if kind is not None:
             self.audit.record(kind, run=self.run, **auditable(event))
-        if event["event"] == "phase":
-            rounds = self.plan.spec.training.rounds
-            told = Status(run=self.run, state="running", phase=event["phase"], round=event["round"], rounds=rounds)
-            self.folder.write_status(told)
+        if event["event"] not in ("phase", "approvals"):
+            return
+        rounds, before = self.plan.spec.training.rounds, self.folder.status()
+        told = Status(run=self.run, state="running", phase=event["phase"], round=event["round"], rounds=rounds)
+        if event["event"] == "approvals":
+            told = replace(told, sites=event["sites"], approvals_wanted=event["wanted"])
+        elif before.approvals_wanted:  # the same sites are asked again: their words stand until there are others
+            told = replace(told, sites=before.sites, approvals_wanted=before.approvals_wanted)
+        self.folder.write_status(told)
 
 
 def _end(network: Network, folder: RunFolder, **told: Any) -> None:
     before = folder.status()
     folder.write_status(
-        Status(run=before.run, phase=before.phase, round=before.round, rounds=before.rounds, sites=before.sites, **told)
+        Status(
+            run=before.run,
+            phase=before.phase,
+            round=before.round,
+            rounds=before.rounds,
+            sites=before.sites,
+            approvals_wanted=before.approvals_wanted,
+            **told,
+        )
     )
     network.mail.audit.record("run-over", run=before.run, **told)
     _log.info("run %s: %s %s", before.run, told["state"], told.get("text", ""))

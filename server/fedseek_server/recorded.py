@@ -17,8 +17,9 @@ from fedseek.errors import CustodyError, FedseekError, JournalUnusable, MessageE
 from fedseek.identity.roster import Roster, parse_roster
 from fedseek.messages import Continuation
 from fedseek.plan import Plan, plan_from_canonical
-from fedseek_server.coordinator import Coordinator, Exchange, Nodes
-from fedseek_server.run_log import LOG_FILE, Begin, Event, KeyWished, Looked, Over, Replied, RunLog
+from fedseek_server.coordinator import Coordinator, Nodes
+from fedseek_server.exchange import Exchange
+from fedseek_server.run_log import LOG_FILE, AskedAgain, Begin, Event, KeyWished, Looked, Over, Replied, RunLog
 from fedseek_server.snapshot import Snapshot
 from fedseek_server.state import Observe
 
@@ -123,6 +124,12 @@ class RecordedRun:
         """Have a new group key made before the next round; from any thread. It is not forgotten if the process dies."""
         self._log.wish_key()
 
+    def ask_again(self) -> None:
+        """Wait for approvals of the release once more; before ``play``, of a run that has ended without enough."""
+        self._log.add(AskedAgain(self._clock()))
+        if self._ahead is None:
+            self._ahead = self._log.event(self._place)
+
     def close(self) -> None:
         """Let go of the record; another process may take the run up."""
         self._log.close()
@@ -132,7 +139,7 @@ class RecordedRun:
 
         Raises:
             JournalUnusable: the record cannot be written, or is of another version of this program.
-            CohortTooSmall: as ``Coordinator.play``; it comes again if the run is taken up again.
+            CohortTooSmall, ReleaseRefused: as ``Coordinator.play``; it comes again if the run is taken up again.
             PlanRefused, SiteRefused, WrongModel, AdapterDiverged: a reply on the record had ended the run.
         """
         self._nodes = nodes
@@ -144,7 +151,7 @@ class RecordedRun:
                 return
             if self._act_on_replies():
                 exchange = self.coordinator.unanswered()
-            if self._ahead is None and exchange.requests:
+            if self._ahead is None and (exchange.requests or exchange.pause_seconds):
                 yield exchange
             self._take(Over, Over)
 
@@ -171,6 +178,10 @@ class RecordedRun:
         return found
 
     def _take_wishes(self) -> None:
+        while isinstance(self._ahead, AskedAgain):
+            asked = self._ahead
+            self._step()
+            self.coordinator.ask_again(asked.at)
         if self._ahead is None:
             wished = self._log.take_wish()
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -68,19 +68,22 @@ def unmask_requests(state: RunState, nodes: Sequence[int], number: int) -> dict[
     return requests | plan_offers(state, [*returning, *state.admissions.strangers(nodes)], entry)
 
 
-def release_requests(state: RunState, connected: Mapping[str, int]) -> dict[int, Request]:
-    """What each site has not applied yet, and the final metrics; the first of the closing round sends the adapter."""
+def release_requests(state: RunState, connected: Mapping[str, int], senders: Collection[str]) -> dict[int, Request]:
+    """What each site has not applied yet, and the final metrics, to those who have not approved yet.
+
+    The same site is asked the same whenever it is asked. ``senders`` send the adapter.
+    """
     history, metrics = state.history, state.history.read(state.closing)
-    there = [site for site in state.federation.names(metrics.survivors) if site in connected]
     return {
         node: ReleaseRequest(
             run=state.federation.run,
             previous=history.missed(site, before=state.closing),
             metrics=history.for_site(metrics, site),
             envelopes=state.envelopes.for_site(site),
-            send_adapter=there[:1] == [site],
+            send_adapter=site in senders,
         )
         for site, node in connected.items()
+        if site not in state.approvals
     }
 
 

@@ -78,7 +78,13 @@ class KeyWished(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ke
     """A new group key was asked for."""
 
 
-Event = Looked | Replied | Over | KeyWished
+class AskedAgain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="again"):
+    """The wait for approvals of the release was over, and an operator had it begin once more."""
+
+    at: float
+
+
+Event = Looked | Replied | Over | KeyWished | AskedAgain
 _BEGIN: Final[msgspec.msgpack.Decoder[Begin]] = msgspec.msgpack.Decoder(Begin)
 _BYTES: Final[msgspec.msgpack.Decoder[bytes]] = msgspec.msgpack.Decoder(bytes)
 _EVENT: Final[msgspec.msgpack.Decoder[Event]] = msgspec.msgpack.Decoder(Event)

@@ -1,7 +1,8 @@
 """The coordinator's state at the start of a round, as a value for the disk.
 
 Between rounds no sum is open, and what ended before lies elsewhere (``history.py``). What is left is small: who is in,
-sealed keys, and what was sent ahead for the next two rounds.
+sealed keys, and what was sent ahead for the next two rounds. While sites are asked to approve the release: who has, with
+the adapter that came with it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import msgspec
 
 from fedseek.cohort import round_graph
 from fedseek.errors import JournalUnusable
-from fedseek.messages import RoundKeys, SharesDealt
+from fedseek.messages import ReleaseApproved, RoundKeys, SharesDealt
 from fedseek_server.admission import ScopeSize
+from fedseek_server.rounds import keep_digests
 from fedseek_server.state import RunState
 
 
@@ -33,6 +35,9 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     listed: dict[int, tuple[str, ...]]
     contributors: tuple[str, ...]
     last_update: dict[str, int]
+    approvals: tuple[ReleaseApproved, ...] = ()
+    asked_since: float = 0.0
+    asked_until: float = 0.0
 
     def to_bytes(self) -> bytes:
         """About 35 KB a site and group key, 1 KB a site and neighbour for shares."""
@@ -67,6 +72,9 @@ def take_snapshot(state: RunState) -> Snapshot:
         listed={number: graph.listed for number, graph in pipeline.graphs.items()},
         contributors=tuple(sorted(state.history.contributors)),
         last_update=state.history.last_update,
+        approvals=tuple(state.approvals.values()),
+        asked_since=state.asked_since,
+        asked_until=state.asked_until,
     )
 
 
@@ -81,3 +89,7 @@ def put_back(state: RunState, snapshot: Snapshot) -> None:
         number: round_graph(state.federation, number, names) for number, names in snapshot.listed.items()
     }
     history.contributors, history.last_update = set(snapshot.contributors), snapshot.last_update
+    state.asked_since, state.asked_until = snapshot.asked_since, snapshot.asked_until
+    for reply in snapshot.approvals:
+        state.approvals[reply.site] = reply
+        keep_digests(state.final_digests, reply.site, reply.digests)

@@ -33,6 +33,10 @@ class RunState:
         next_round: to be played next; 0 before the first is ready, one more than the closing round before the release.
         rotation_wanted: a new group key was asked for.
         approvals: of the release, by site.
+        put_off: by site that did not approve yet, the rule it named when last asked.
+        now: Unix time in seconds, as last looked at.
+        asked_since: when approvals were first asked for; 0 before.
+        asked_until: when that wait is over.
         final_digests: what approvals are compared with.
         masked: the round that is being played, if it takes place.
     """
@@ -47,6 +51,10 @@ class RunState:
     next_round: int = 0
     rotation_wanted: bool = False
     approvals: dict[str, ReleaseApproved] = field(default_factory=dict, repr=False)
+    put_off: dict[str, str] = field(default_factory=dict)
+    now: float = 0.0
+    asked_since: float = 0.0
+    asked_until: float = 0.0
     final_digests: Digests = field(default_factory=dict, repr=False)
     masked: MaskedRound | None = None
 

@@ -123,6 +123,9 @@ def test_a_whole_run_is_in_all_records_and_everybody_keeps_everybodys_heads(real
         assert kinds.count("spent") == (1 if name == "st-anna" else 3), name  # it is back in round 3
         assert {"permitted", "answered", "applied", "released"} <= set(kinds)
         assert "refused" not in kinds
+        assert kinds.count("ledger") == kinds.count("spent"), name  # nothing was entered when these daemons started
+        account = seat.desk.permission.ledger.account()
+        assert (sum(1 for _ in account.spends()), account.ended) == (kinds.count("spent"), {RUN}), name
     standings = network.mail.standings
     assert {each.runs[0] for each in standings.values()} == {RUN}
 

@@ -218,6 +218,51 @@ def test_less_noise_than_the_plans_trips(model, make_batch, privacy, noise_multi
         step.apply(draw_of(4))
 
 
+def test_one_tensor_without_noise_trips_though_it_is_small(model, make_batch, privacy):
+    class Forgetful(SecretGaussian):
+        """Leaves out the smallest tensor, as a parameter group that was forgotten would be."""
+
+        def normal(self, shape, std):
+            return super().normal(shape, 0.0 if shape == model.head.bias.shape else std)
+
+    optimizer = noised(model, privacy)
+    optimizer._noise = Forgetful()
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+    step = PrivateStep(wrapped, optimizer, privacy)
+    step.accumulate(losses_of(wrapped, make_batch(4)), np.arange(4))
+    with tripped("noise_added"):
+        step.apply(draw_of(4))
+
+
+# 9 cryptographic randomness
+
+
+class PhiloxNoise(SecretGaussian):
+    """Seeded by the operating system, so no seed repeats it; but a statistical generator."""
+
+    def __init__(self):
+        self._generator = np.random.default_rng()
+
+
+def test_noise_of_a_statistical_generator_is_told_from_ours(model, privacy):
+    optimizer = noised(model, privacy)
+    assert optimizer.noise_is_secret
+    optimizer._noise = PhiloxNoise()
+    assert not optimizer.noise_is_secret
+    assert optimizer.probe_noise() == "noise_not_seeded_by_plan", "which is why there is a guard of its own"
+
+
+@pytest.mark.parametrize("statistical", ["noise", "draws"])
+def test_randomness_of_a_statistical_generator_trips(statistical):
+    with tripped(f"cryptographic_randomness.*{statistical}"):
+        guards.check_cryptographic_randomness({"noise": True, "draws": True, statistical: False})
+
+
+def test_randomness_that_nobody_looked_at_trips():
+    with tripped("cryptographic_randomness"):
+        guards.check_cryptographic_randomness({})
+
+
 # 5 sampling probability
 
 
@@ -242,7 +287,87 @@ def test_an_honest_sampler_passes(probability, num_units):
     guards.check_sampling_from_plan(probability, planned=probability, num_drawn=num_drawn, num_chances=num_units * 30)
 
 
+class Shuffled(PoissonUnitSampler):
+    """Each unit once an epoch, in batches of the size that Poisson sampling has on average: the usual loader."""
+
+    def draw(self, step):
+        size = round(self.expected_batch_size)
+        if not len(getattr(self, "left", ())) >= size:
+            self.left = self._generator.permutation(self.num_units)
+        chosen, self.left = np.sort(self.left[:size]), self.left[size:]
+        return Draw(step, chosen, chosen)
+
+
+class OfOneSize(PoissonUnitSampler):
+    """As many units as Poisson sampling has on average, without replacement; each step anew."""
+
+    def draw(self, step):
+        chosen = np.sort(self._generator.choice(self.num_units, round(self.expected_batch_size), replace=False))
+        return Draw(step, chosen, chosen)
+
+
+class Repeated(PoissonUnitSampler):
+    """A generator that starts again with each step."""
+
+    def draw(self, step):
+        self._generator = np.random.default_rng(7)
+        return super().draw(step)
+
+
+def trial(sampler):
+    draws = [sampler.draw(step).unit_indices for step in range(guards.NUM_TRIAL_DRAWS)]
+    return guards.check_draws_independent(draws, num_units=sampler.num_units, planned=sampler.sampling_probability)
+
+
+@pytest.mark.parametrize(("num_units", "probability"), [(1000, 0.05), (100, 0.1), (13, 0.5), (2500, 0.02)])
+@pytest.mark.parametrize("swapped", [Shuffled, OfOneSize, Repeated], ids=lambda sampler: sampler.__name__)
+def test_a_swapped_sampler_trips(swapped, num_units, probability):
+    with tripped("draws_independent"):
+        trial(swapped(np.arange(num_units), probability, generator=secret_generator()))
+
+
+def test_batches_of_one_size_pass_the_guard_on_their_number():
+    sampler = OfOneSize(np.arange(1000), 0.05, generator=secret_generator())
+    num_drawn = sum(len(sampler.draw(step).record_indices) for step in range(30))
+    guards.check_sampling_from_plan(0.05, planned=0.05, num_drawn=num_drawn, num_chances=30_000)
+
+
+@pytest.mark.parametrize(
+    ("num_units", "probability"), [(1, 0.5), (1, 1.0), (3, 1e-6), (20, 0.1), (1000, 0.05), (1000, 1.0), (5000, 0.9)]
+)
+def test_coins_pass(num_units, probability):
+    for _ in range(5):
+        assert trial(PoissonUnitSampler(np.arange(num_units), probability, generator=secret_generator()))
+
+
 # 6 every tensor
+
+
+@pytest.fixture
+def moving_makes_new_tensors():
+    """As on some devices: the model has other tensors after it has moved, and the optimiser keeps the old ones."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("moving_makes_new_tensors")
+def test_a_model_moved_after_its_optimiser_was_made_trips(model, make_batch, privacy):
+    stale = sgd_of(model)
+    model.to(torch.float64)
+    with private_step(model, stale, privacy=privacy, expected_batch_size=4.0) as step, tripped("every_tensor_trained"):
+        step.accumulate(losses_of(step.model, make_batch(4)), np.arange(4))
+
+
+@pytest.mark.usefixtures("moving_makes_new_tensors")
+def test_a_model_moved_after_wrapping_trips_where_no_gradient_shows_it(model, make_batch, privacy):
+    with open_step(model, privacy) as step:
+        model.to(torch.float64)
+        with pytest.raises(AttributeError):  # Opacus' own hooks stumble over the new tensors
+            losses_of(step.model, make_batch(4))
+        step.apply(draw_of(0))
+        with tripped(r"every_tensor_trained.*did not move"):
+            step.finish()
 
 
 def test_a_tensor_swapped_after_wrapping_trips(model, make_batch, privacy):
@@ -258,6 +383,14 @@ def test_a_tensor_frozen_after_wrapping_trips(model, make_batch, privacy):
         model.head.bias.requires_grad_(False)
         with tripped("every_tensor_trained"):
             step.accumulate(losses_of(step.model, make_batch(4)), np.arange(4))
+
+
+def test_a_tensor_frozen_before_a_step_without_records_trips(model, privacy):
+    with open_step(model, privacy) as step:
+        model.head.bias.requires_grad_(False)
+        step.apply(draw_of(0))
+        with tripped("every_tensor_trained"):
+            step.finish()
 
 
 def test_an_optimiser_of_other_tensors_trips(model, make_batch, privacy):

@@ -50,7 +50,7 @@ from fedseek_site.config import load_config as load_site
 from fedseek_site.local_api import METHODS, VERSION, _Question, _read
 from fedseek_site.people import PlanApproval
 from fedseek_site.policy import load_policy
-from fedseek_site.state import EarlierAdapter, RoundState, ScopeValues, SiteState
+from fedseek_site.state import CanaryState, EarlierAdapter, RoundState, ScopeValues, SiteState
 
 NAME, AT = "北岸银行", 1_795_373_365_123
 DAY_MS = 86_400_000
@@ -346,5 +346,6 @@ def state() -> SiteState:
         before=EarlierAdapter(round=0, scopes=values, digests={"global": bytes(32)}, contributors=()),
         earlier_runs=("run-0",),
         group_keys={0: b"key"},
+        canaries=CanaryState(seed=bytes(32), first_losses=bytes(8), round_scores=bytes(8)),
         rounds={2: playing, 3: RoundState(keys=round_keys(NAME), secrets=None)},
     )

@@ -15,6 +15,7 @@ from altering import Target
 from daemon_targets import daemon_targets
 from enrolment_targets import enrolment_targets
 from message_targets import message_targets
+from release_targets import release_targets
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 
@@ -22,4 +23,4 @@ CORPUS = Path(__file__).resolve().parent / "corpus"
 @cache
 def targets() -> Mapping[str, Target]:
     """Every target by name."""
-    return {**message_targets(), **enrolment_targets(), **daemon_targets()}
+    return {**message_targets(), **enrolment_targets(), **daemon_targets(), **release_targets()}

@@ -3,10 +3,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.numpy import load_file
 
-from fedseek.lora.export import ADAPTER_FILES, save_adapter, save_head
+from fedseek.lora.adapter_file import ADAPTER_FILES, adapter_config
+from fedseek.lora.export import adapter_weights, head_files
 from fedseek.lora.load import load_base
 from fedseek.lora.model import LoraParams, adapter_tensors, build_model, head_tensors, load_tensors
 
@@ -22,6 +23,21 @@ def trained_model(tiny_model, method="ffa"):
     tensors = {**adapter_tensors(model), **head_tensors(model)}
     load_tensors(model, {n: generator.normal(0, 0.3, v.shape).astype(np.float32) for n, v in tensors.items()})
     return model
+
+
+def save_adapter(model, folder, *, base_name):
+    config = adapter_config(rank=2, alpha=4.0, target_modules=("value", "query"), layers=(1,), base_name=base_name)
+    write(folder, dict(zip(ADAPTER_FILES, (config, adapter_weights(model)), strict=True)))
+
+
+def save_head(model, folder, *, kind, labels):
+    write(folder, head_files(model, kind=kind, labels=labels))
+
+
+def write(folder, files):
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
 
 
 @pytest.mark.parametrize("method", ["ffa", "both"])
@@ -59,6 +75,20 @@ def test_the_adapter_holds_a_and_b_and_nothing_of_the_base_or_head(tiny_model, t
     assert all("lora_A" in name or "lora_B" in name for name in saved)
     for name, value in adapter_tensors(model).items():
         assert np.array_equal(saved[name.removeprefix("encoder.").replace(".default", "")], value)
+
+
+def test_the_config_says_all_that_pefts_own_says_but_its_version(tiny_model, tmp_path):
+    """What it leaves out has the default, so PEFT reads both alike."""
+    model = trained_model(tiny_model)
+    model.encoder.save_pretrained(str(tmp_path / "own"))
+    save_adapter(model, tmp_path / "ours", base_name="b")
+    own, ours = (PeftConfig.from_pretrained(str(tmp_path / name)).to_dict() for name in ("own", "ours"))
+    differ = {name for name in own if own[name] != ours[name]}
+    assert differ <= {"base_model_name_or_path", "peft_version", "inference_mode", "auto_mapping"}
+
+
+def test_the_same_values_give_the_same_bytes(tiny_model):
+    assert adapter_weights(trained_model(tiny_model)) == adapter_weights(trained_model(tiny_model))
 
 
 def test_saving_leaves_the_model_as_it_was(tiny_model, tmp_path):

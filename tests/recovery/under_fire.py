@@ -28,7 +28,8 @@ from fedseek.daemon.reports import read_events
 from fedseek_server.config import CONFIG_FILE as COORDINATOR_FILE
 from fedseek_server.consortium import open_consortium
 from fedseek_server.orders import OPEN_STATES, RunFolder, Status, submit
-from fedseek_site.approvals import Approvals
+from fedseek_site.ledger import read_ledger
+from fedseek_site.ledger_entries import Spent
 from simulations.consortium import Consortium, prepare, running
 from simulations.daemons import Daemon, children_of, free_port
 from simulations.run_folder import create_run_folder
@@ -166,10 +167,16 @@ class UnderFire:
                 epsilons["", event["round"]].add(event["epsilon"])
         # trained again after a kill, a round costs what it did: the first try never left the building
         assert {step: each for step, each in epsilons.items() if len(each) > 1} == {}, name
-        spent = Approvals(self.consortium.folders[name] / "approvals.sqlite3")
-        epsilon = self.scenario.plan.spec.privacy.epsilon
-        assert spent.spent_epsilon(f"records of {name}") == len(self.runs) * epsilon
-        spent.close()
+        self.check_ledger(name, {(run, number) for run, phase, number in answers if phase == "round"})
+
+    def check_ledger(self, name: str, answered: set[tuple[str, int]]) -> None:
+        """Each round that was answered was spent, once, and nothing else was."""
+        entries = [noted.entry for noted in read_ledger(self.consortium.folders[name] / "ledger.sqlite3")]
+        spent = Counter((entry.run, entry.round) for entry in entries if isinstance(entry, Spent))
+        assert set(spent.values()) == {1}
+        training = self.scenario.plan.spec.training
+        assert {step for step in answered if step[1] <= training.rounds} <= set(spent), name
+        assert len(spent) <= len(self.runs) * training.rounds
 
     def public_keys(self) -> dict[str, bytes]:
         consortium = open_consortium(self.consortium.home)

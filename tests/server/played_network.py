@@ -128,7 +128,7 @@ def until(what: Callable[[], Any], seconds: float = 10.0) -> Any:
     return found
 
 
-def stand_in_release(coordinator: Any, folder: Any) -> None:
+def stand_in_release(coordinator: Any, folder: Any, *, heads: bytes | None = None) -> None:
     folder.mkdir()
     (folder / "signed by").write_text(json.dumps(sorted(coordinator.approvals)), "utf-8")
 

@@ -56,8 +56,15 @@ NUM_VALUES = {GLOBAL_SCOPE: 5, "kind/bank": 3, "kind/hospital": 4}
 MODEL = "ab" * 32
 
 
-def played_plan(*, rounds: int = 2, kinds: Iterable[str] = ("bank", "hospital"), key_days: int = 90, **cohort: Any):
-    """A checked plan over a model that does not exist."""
+def played_plan(
+    *,
+    rounds: int = 2,
+    kinds: Iterable[str] = ("bank", "hospital"),
+    key_days: int = 90,
+    release: dict[str, Any] | None = None,
+    **cohort: Any,
+):
+    """A checked plan over a model that does not exist. Nobody waits for approvals unless ``release`` says so."""
     document = {
         "name": "played",
         "model": {"source": "package:nowhere", "sha256": MODEL},
@@ -72,6 +79,7 @@ def played_plan(*, rounds: int = 2, kinds: Iterable[str] = ("bank", "hospital"),
         },
         "privacy": {"mechanism": "none"},
         "encryption": {"key_days": key_days},
+        "release": {"wait_hours": 0, **(release or {})},
         "cohort": {"max_sites": 8, "min_contributors": 2, **cohort},
     }
     return check_plan(parse_spec(document))
@@ -317,6 +325,7 @@ class Federated:
     told: list[dict[str, Any]]
     here: set[int]
     exchanges: list[Any] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
     late: list[tuple[int, bytes]] = field(default_factory=list)
 
     def site(self, name: str) -> PlayedSite:
@@ -338,6 +347,9 @@ class Federated:
         for exchange in run:
             if (exchange.phase, exchange.round) == until:
                 return exchange
+            if not exchange.requests:
+                self.waited.append(exchange.pause_seconds)
+                continue
             self.exchanges.append(exchange)
             for node in exchange.requests:
                 name = self.sites[node].name
@@ -389,8 +401,9 @@ def federate(
     played = {100 + place: PlayedSite(SiteIdentity.generate(*site), clock=clock) for place, site in enumerate(sites)}
     roster = Roster.of(site.identity.public() for site in played.values())
     told: list[dict[str, Any]] = []
-    coordinator = Coordinator(plan, roster, run=RUN, observe=told.append, clock=clock)
-    return Federated(coordinator, played, told, set(played))
+    waited: list[float] = []
+    coordinator = Coordinator(plan, roster, run=RUN, observe=told.append, clock=lambda: clock() + sum(waited))
+    return Federated(coordinator, played, told, set(played), waited=waited)
 
 
 def change(data: bytes, **fields: Any) -> bytes:

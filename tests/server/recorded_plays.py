@@ -17,7 +17,7 @@ from played_sites import ANNA, PlayedSite, played_plan
 from fedseek.errors import CustodyError, MessageError
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster
-from fedseek_server.coordinator import Exchange
+from fedseek_server.exchange import Exchange
 from fedseek_server.recorded import RecordedRun
 from fedseek_server.run_log import KeyWished, RunLog
 

@@ -8,7 +8,7 @@ from played_sites import ANNA, BEIAN, FOUR, HARBOUR, RENJI, RUN, at, federate, l
 from fedseek.errors import CohortTooSmall, PlanRefused, SiteRefused, WrongRound
 from fedseek.identity.keys import SiteIdentity
 from fedseek.messages import MASK_KEY, SELF_MASK, Refused, RoundRequest, UnmaskRequest, decode_request, encode_message
-from fedseek_server.coordinator import Exchange
+from fedseek_server.exchange import Exchange
 from fedseek_server.history import RoundsInMemory
 
 ROSTER_ORDER = (HARBOUR, ANNA, RENJI, BEIAN)

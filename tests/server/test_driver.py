@@ -17,6 +17,7 @@ class Exchange:
     phase: str
     round: int
     requests: dict
+    pause_seconds: float = 0.0
 
 
 class Clock(threading.Event):

@@ -236,6 +236,8 @@ def test_a_site_that_connects_too_late_to_take_part_is_not_asked():
 def test_nobody_masks_with_a_site_that_is_known_to_be_gone():
     federated = federate(played_plan(rounds=3))
     for exchange in federated.start():
+        if exchange.phase == "release":
+            break  # for which it would be waited
         for node in exchange.requests:
             federated.deliver(exchange, node)
         if (exchange.phase, exchange.round) == ("unmask", 1):
@@ -279,9 +281,7 @@ def test_a_second_node_may_not_take_the_place_of_a_site_that_is_there():
 # --- late, early and twice ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "where", [("plan", 1), ("shares", 1), ("round", 1), ("unmask", 1), ("close", 4), ("release", 4)]
-)
+@pytest.mark.parametrize("where", [("plan", 1), ("shares", 1), ("round", 1), ("unmask", 1), ("close", 4)])
 def test_a_reply_that_comes_when_its_exchange_is_over_changes_nothing(where):
     federated = federate(played_plan(rounds=3))
     run = federated.start()
@@ -290,8 +290,7 @@ def test_a_reply_that_comes_when_its_exchange_is_over_changes_nothing(where):
             federated.deliver(exchange, node, lost((*where, ANNA)))
         if federated.late and (exchange.phase, exchange.round) != where:
             federated.give(*federated.late.pop())
-    if where != ("release", 4):
-        assert federated.events("rejected", "site", "code")[0][1] == "WrongRound"
+    assert federated.events("rejected", "site", "code")[0][1] == "WrongRound"
     missing = {"plan": {1, 2}, "shares": {1}, "round": {1, 2}, "close": {4}}.get(where[0], set())
     assert federated.ended == {n: OTHERS if n in missing else ALL for n in (1, 2, 3, 4)}
 

@@ -145,6 +145,7 @@ class Exchange:
     phase: str
     round: int
     requests: dict
+    pause_seconds: float = 0.0
 
 
 class Conductor:

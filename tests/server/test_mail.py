@@ -13,11 +13,14 @@ from fedseek.daemon.audit_check import checked_lines, verify_audit
 from fedseek.daemon.audit_lines import COORDINATOR, sign_head
 from fedseek.daemon.parcels import ParcelUp, Verdict, decode_parcel_down, encode_parcel
 from fedseek.errors import Malformed
+from fedseek.evidence import parse_heads
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.signing import sign, sign_with
 from fedseek.messages import Standing
-from fedseek_server.coordinator import Exchange
+from fedseek.verification import check_heads
+from fedseek_server.exchange import Exchange
 from fedseek_server.mail import GREET, Greeting, Mail, Parcels, Posted
+from fedseek_server.releasing import audit_heads
 
 BEIAN, HARBOUR, RENJI = "北岸银行", "harbour-bank", "仁济医院"
 NODES = {11: BEIAN, 12: HARBOUR, 13: RENJI}
@@ -181,6 +184,16 @@ def test_the_coordinators_own_record_keeps_what_the_sites_countersigned(world):
     world.round("round")
     world.round("round")
     assert set(world.verify(COORDINATOR, COORDINATOR).countersigned) >= set(NODES.values())
+
+
+def test_the_heads_that_went_around_with_the_release_can_be_verified_by_whoever_has_the_roster(world):
+    world.round(GREET)
+    world.round("release")
+    heads, countersignatures = world.mail.heads_seen()
+    assert {head.name for head in heads} == {*NODES.values(), COORDINATOR}
+    assert set(countersignatures) == set(NODES.values()), "the coordinator's key is on no roster"
+    written = audit_heads(world.mail.roster.roster, heads, countersignatures)
+    assert "countersigned by" in check_heads(parse_heads(written), world.mail.roster.roster)
 
 
 @pytest.mark.parametrize("phase", ["plan", "shares", "unmask", "key"])

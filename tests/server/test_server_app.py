@@ -11,7 +11,7 @@ from played_sites import ANNA, BEIAN, HARBOUR, RENJI, federate, played_plan
 from fedseek.errors import CohortTooSmall, PlanRefused
 from fedseek.messages import Refused, encode_message
 from fedseek_server import app as server_app
-from fedseek_server.coordinator import Exchange
+from fedseek_server.exchange import Exchange
 
 OTHERS = (HARBOUR, RENJI, BEIAN)
 

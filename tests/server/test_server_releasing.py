@@ -2,20 +2,25 @@
 
 import hashlib
 import json
+import random
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from bundled import Signers
 from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
-from fedseek.errors import Malformed, ReleaseRefused
+from fedseek.errors import ReleaseRefused
+from fedseek.evidence import parse_heads, parse_release, read_files, read_release
 from fedseek.identity.roster import parse_roster
-from fedseek.identity.signing import CONTEXT_RELEASE, verify
+from fedseek.identity.signing import CONTEXT_RELEASE, sign, verify
 from fedseek.messages import release_message
 from fedseek.plan import plan_from_canonical
-from fedseek_server.releasing import write_release
+from fedseek.statement import parse_statement, statement_bytes
+from fedseek.verification import verify_release
+from fedseek_server.releasing import audit_heads, write_release
 from fedseek_site.weights import to_scopes
 
 TEXTS = ["胸痛 chest pain 7", "汇款 transfer now", "余额"]
@@ -74,7 +79,8 @@ def test_a_release_holds_the_plan_the_roster_and_every_signed_statement(finished
     names = coordinator.roster.names
     evidence = {f"privacy-{name}.{end}" for name in names for end in ("json", "sig")}
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
-    assert {path.name for path in folder.iterdir()} == evidence | adapter | {"README.md", "plan.json", "roster.bin"}
+    pages = {"README.md", "PRIVACY.md", "PRIVACY.zh.md"}
+    assert {path.name for path in folder.iterdir()} == evidence | adapter | pages | {"plan.json", "roster.bin"}
     assert plan_from_canonical((folder / "plan.json").read_bytes()).digest == coordinator.plan.digest
     roster = parse_roster((folder / "roster.bin").read_bytes())
     for name in names:
@@ -82,7 +88,8 @@ def test_a_release_holds_the_plan_the_roster_and_every_signed_statement(finished
         said = json.loads(document)  # nothing but the folder is needed to check a signature
         digests = {scope: bytes.fromhex(digest) for scope, digest in said["tensors"].items()}
         message = release_message(said["run"], digests, document)
-        assert said["adapter_sha256"] == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+        assert said["files"] == {each: hashlib.sha256((folder / each).read_bytes()).hexdigest() for each in adapter}
+        assert said["contributors"] == list(names)
         verify(roster.entry(name), CONTEXT_RELEASE, message, (folder / f"privacy-{name}.sig").read_bytes())
         assert json.loads(document)["epsilon"] is None, "a run without privacy states none"
     card = (folder / "README.md").read_text("utf-8")
@@ -100,7 +107,22 @@ def test_a_private_release_states_what_each_site_spent(make_cohort):
         assert statement["epsilon_second_opinion"] > statement["epsilon"]
         assert (statement["num_steps"], statement["delta"]) == (4, 1e-3)
         assert len(statement["guards_passed"]) >= 9
+        assert statement["audit"]["canaries"] == cohort.coordinator.plan.num_canaries
     assert "(8.00, 0.001)-differential privacy" in (folder / "README.md").read_text("utf-8")
+    check_that_no_byte_can_be_another(folder, cohort.coordinator.roster)
+
+
+def check_that_no_byte_can_be_another(folder, roster):
+    """Of what real sites wrote; place by place it is tests/test_evidence.py."""
+    files = read_files(folder)
+    assert verify_release(parse_release(files), roster).approved == roster.names
+    rng = random.Random(5)
+    for name, data in files.items():
+        for place in {0, len(data) - 1, *(rng.randrange(len(data)) for _ in range(12))}:
+            changed = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+            with pytest.raises(ReleaseRefused) as caught:
+                verify_release(parse_release({**files, name: changed}), roster)
+            assert name in caught.value.message, (name, place, caught.value.message)
 
 
 def test_a_site_whose_update_is_in_no_sum_need_not_approve(make_cohort):
@@ -111,6 +133,22 @@ def test_a_site_whose_update_is_in_no_sum_need_not_approve(make_cohort):
     assert cohort.coordinator.contributors == ("harbour-bank", "仁济医院", "北岸银行")
     assert not (folder / "privacy-st-anna.json").exists()
     assert len(list(folder.glob("privacy-*.sig"))) == 3
+
+
+def test_as_many_approvals_as_the_plan_says_are_enough(make_cohort):
+    cohort = make_cohort(release={"min_approvals": 3})
+    cohort.play()
+    del cohort.coordinator.approvals["st-anna"]
+    folder = released(cohort)
+    assert verify_release(read_release(folder), cohort.coordinator.roster).approved == (
+        "harbour-bank",
+        "仁济医院",
+        "北岸银行",
+    )
+    assert "have signed no statement:** st-anna" in (folder / "PRIVACY.md").read_text("utf-8")
+    del cohort.coordinator.approvals["仁济医院"]
+    with pytest.raises(ReleaseRefused, match="2 of 4 sites in the adapter have approved, wanted 3"):
+        write_release(cohort.coordinator, cohort.folder / "another")
 
 
 def test_without_every_approval_nothing_is_written(finished):
@@ -145,43 +183,83 @@ def test_an_adapter_other_than_the_one_all_signed_for_is_refused(finished):
     weights[-1] ^= 1
     swapped = {**approvals[sender].adapter, "adapter_model.safetensors": bytes(weights)}
     approvals[sender] = msgspec.structs.replace(approvals[sender], adapter=swapped)
-    with pytest.raises(ReleaseRefused, match="signed for another"):
+    with pytest.raises(ReleaseRefused, match=r"adapter_model\.safetensors: has sha256"):
         released(finished)
     assert not (finished.folder / "out").exists()
 
 
-def test_an_adapter_from_none_or_from_two_is_refused(finished):
+def test_an_adapter_from_none_or_two_that_differ_are_refused(finished):
     approvals = finished.coordinator.approvals
     sender = next(name for name, approval in approvals.items() if approval.adapter)
     files = approvals[sender].adapter
-    approvals["st-anna"] = msgspec.structs.replace(approvals["st-anna"], adapter=files)
+    other = {**files, "adapter_config.json": files["adapter_config.json"] + b" "}
+    approvals["st-anna"] = msgspec.structs.replace(approvals["st-anna"], adapter=other)
     with pytest.raises(ReleaseRefused, match="2 sites sent an adapter"):
         released(finished)
     for name in approvals:
         approvals[name] = msgspec.structs.replace(approvals[name], adapter={})
     with pytest.raises(ReleaseRefused, match="0 sites sent an adapter"):
         released(finished)
+    assert not (finished.folder / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "alter",
-    [
-        {"run": "another"},
-        {"plan_digest": "0" * 64},
-        {"site": "harbour-bank"},
-        {"note": "unknown field"},
-        {"num_steps": "four"},
-    ],
-    ids=lambda alter: next(iter(alter)),
-)
-def test_a_statement_of_something_else_is_refused(finished, alter):
+def test_the_same_adapter_may_come_twice(finished):
+    """Whoever was to send it put its approval off, so another one was asked for it too."""
     approvals = finished.coordinator.approvals
-    document = {**json.loads(approvals["st-anna"].statement), **alter}
-    altered = msgspec.structs.replace(approvals["st-anna"], statement=json.dumps(document).encode())
-    approvals["st-anna"] = altered
-    with pytest.raises(Malformed, match="privacy statement of site 'st-anna'"):
+    files = next(approval.adapter for approval in approvals.values() if approval.adapter)
+    for name in approvals:
+        approvals[name] = msgspec.structs.replace(approvals[name], adapter=dict(files))
+    released(finished)
+
+
+LIES = {
+    "run": lambda said: msgspec.structs.replace(said, run="another"),
+    "plan_digest": lambda said: msgspec.structs.replace(said, plan_digest="0" * 64),
+    "site": lambda said: msgspec.structs.replace(said, site="harbour-bank"),
+    "contributors": lambda said: msgspec.structs.replace(said, contributors=said.contributors[1:]),
+    "steps": lambda said: msgspec.structs.replace(said, num_steps=3),
+    "checks": lambda said: msgspec.structs.replace(said, checks=()),
+}
+
+
+@pytest.mark.parametrize("field", LIES)
+def test_a_statement_of_something_else_is_refused_though_its_site_signed_it(finished, field):
+    coordinator = finished.coordinator
+    approval = coordinator.approvals["st-anna"]
+    document = statement_bytes(LIES[field](parse_statement(approval.statement)))
+    message = release_message(coordinator.run, approval.digests, document)
+    signature = sign(finished.site("st-anna").identity, CONTEXT_RELEASE, message)
+    lie = msgspec.structs.replace(approval, statement=document, signature=signature)
+    coordinator.approvals["st-anna"] = lie
+    with pytest.raises(ReleaseRefused, match=r"privacy-st-anna\.json"):
         released(finished)
     assert not (finished.folder / "out").exists()
+
+
+def test_a_statement_that_is_none_is_refused(finished):
+    approvals = finished.coordinator.approvals
+    approvals["st-anna"] = msgspec.structs.replace(approvals["st-anna"], statement=b"a statement")
+    with pytest.raises(ReleaseRefused, match=r"privacy-st-anna\.json of this run: privacy statement of 11 bytes"):
+        released(finished)
+
+
+def test_heads_of_audit_records_lie_beside_the_release_where_the_roster_can_verify_them(finished):
+    coordinator = finished.coordinator
+    signers = Signers(
+        coordinator.plan, {s.identity.name: s.identity for s in finished.services.values()}, coordinator.roster, {}
+    )
+    kept = parse_heads(signers.heads())
+    signatures = {name: bytes.fromhex(signature) for name, signature in kept.countersignatures.items()}
+    heads = audit_heads(coordinator.roster, kept.listed(), signatures)
+    folder = finished.folder / "out" / "release"
+    write_release(coordinator, folder, heads=heads)
+    assert verify_release(read_release(folder), coordinator.roster).checked[7].startswith("audit-heads.json")
+    write_release(coordinator, folder)  # a process that was killed after it had been written knows of no heads
+    assert (folder / "audit-heads.json").exists()
+    others = Signers.of(coordinator.plan)
+    assert audit_heads(others.roster, kept.listed(), signatures) is None
+    assert audit_heads(coordinator.roster, kept.listed(), {}) is None
+    assert audit_heads(coordinator.roster, (), signatures) is None
 
 
 def test_the_released_tensors_are_those_the_sites_signed(finished):

@@ -15,6 +15,7 @@ from simulations.baselines import (
     HeadView,
     Probe,
     _average_heads,
+    _open,
     centralised,
     label_offsets,
     linear_probe,
@@ -232,6 +233,20 @@ def run_folder(tmp_path, tiny_plan_document):
         return create_run_folder(path, load_scenario(path), tmp_path / "runs", rounds=None)
 
     return make
+
+
+def test_baselines_train_on_as_many_records_of_a_patient_as_the_plan_allows(
+    write_tiny_scenario, tiny_records, tmp_path
+):
+    records = tiny_records("hospital", 24)
+    rows = [
+        {"text": text, "label": label, "unit": "客0"} for text, label in zip(records.texts, records.labels, strict=True)
+    ]
+    path = write_tiny_scenario(rows={"仁济医院": rows}, privacy={"max_records_per_unit": 4})
+    _, benches = _open(create_run_folder(path, load_scenario(path), tmp_path / "runs", rounds=None))
+    sizes = {bench.name: (len(bench.train), bench.train.num_units, len(bench.held_back)) for bench in benches}
+    assert sizes["仁济医院"] == (4, 1, 12)
+    assert sizes["北岸银行"] == (24, 24, 12)
 
 
 @pytest.mark.parametrize("private", [False, True])

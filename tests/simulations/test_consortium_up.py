@@ -72,7 +72,7 @@ def test_each_policy_permits_the_plan_and_nothing_beyond_it(prepared, tiny_plan_
 
     def check(plan, name):
         policy = load_policy(made.folders[name] / "policy.toml")
-        check_policy(policy, plan, roster, site=name, spent_epsilon=0.0)
+        check_policy(policy, plan, roster, site=name, total_epsilon_after=plan.spec.privacy.epsilon or 0.0)
 
     beyond = {
         "limits.max_rounds": {"training": {"rounds": 3}},
@@ -172,7 +172,9 @@ def test_daemons_leave_what_a_simulation_leaves_and_agree_with_it(write_tiny_sce
         assert len(adapters) == 1, "the coordinator and all sites release the same adapter"
         assert len([*folder.rglob("adapter_model.safetensors")]) == 1 + len(NAMES)
         assert [e["event"] for e in read_events(folder / "coordinator.jsonl")][-1] == "finished"
-    assert names["consortium up"] == names["simulate"]
+    assert names["consortium up"] == {*names["simulate"], "release/audit-heads.json"}, (
+        "daemons keep audit records besides"
+    )
     check_agreement(summaries["consortium up"], summaries["simulate"])
 
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fedseek.release import NOT_COVERED
+from fedseek.statement import NOT_COVERED
 from simulations.charts import COLOURS, PHASES, lines_by_round, spread, stacked_bars
 from simulations.report import headline, render_report, write_report
 from simulations.summary import Summary, with_verdicts
@@ -137,6 +137,20 @@ def test_a_run_without_baselines_claims_nothing_about_them(made_up_summary: Summ
     assert "no baseline was run" in page.text
     assert "federated" in page.text
     assert "local only" not in page.text.replace("Local only is the site", "")
+
+
+def test_a_private_run_has_its_private_probe_beside_it_or_the_report_says_that_it_is_missing(
+    made_up_summary: Summaries, made_up_figures: Figures
+) -> None:
+    missing = "No private linear probe was run."
+    beside = Page(render_report(made_up_summary())).text
+    assert "private linear probe" in beside
+    assert missing not in beside
+    assert missing in Page(render_report(made_up_summary(baselines=False))).text
+    figures = made_up_figures()
+    figures["baselines"]["dp_linear_probe"] = None  # the one without noise does not stand in for it
+    assert missing in Page(render_report(Summary.model_validate(figures))).text
+    assert missing not in Page(render_report(made_up_summary(private=False, baselines=False))).text
 
 
 def test_a_site_that_measured_nothing_is_shown_as_a_dash(made_up_figures: Figures) -> None:

@@ -38,6 +38,7 @@ from fedseek.messages import (
 )
 from fedseek.plan import GLOBAL_SCOPE
 from fedseek.unmask import RoundRecord, check_revealed, unmask_sum
+from fedseek_site.ledger import Ledger
 from fedseek_site.service import SiteService
 
 RUN = "试运行-1"
@@ -54,6 +55,7 @@ class Desk:
 
     plan: Any
     federation: Federation
+    ledgers: dict[str, Ledger]
     services: dict[str, SiteService]
     reopen: Callable[[str], SiteService]
     folder: Path
@@ -358,6 +360,9 @@ def make_desk(
         roster = Roster.of(identity.public() for identity in identities.values())
         events: dict[str, list[dict[str, Any]]] = {name: [] for name in identities}
         now = [1_800_000_000.0]
+        for name in identities:
+            (folder / name).mkdir()
+        ledgers = {name: Ledger(folder / name / "ledger.sqlite3", storage_key, dataset="记录") for name in identities}
 
         def reopen(name: str) -> SiteService:
             return SiteService(
@@ -366,13 +371,14 @@ def make_desk(
                 roster=roster,
                 state_folder=folder / name / "state",
                 storage_key=storage_key,
+                ledger=ledgers[name],
                 release_folder=folder / name / "release",
                 observe=events[name].append,
                 clock=lambda: now[0],
             )
 
         services = {name: reopen(name) for name in roster.names}
-        desk = Desk(plan, Federation.of(run, plan, roster), services, reopen, folder, events, now)
+        desk = Desk(plan, Federation.of(run, plan, roster), ledgers, services, reopen, folder, events, now)
         desks.append(desk)
         return desk
 
@@ -380,3 +386,5 @@ def make_desk(
     for desk in desks:
         for service in desk.services.values():
             service.close()
+        for ledger in desk.ledgers.values():
+            ledger.close()

@@ -197,7 +197,7 @@ class Asked:
 
     def play(self, nodes: object) -> Iterator[SimpleNamespace]:
         until(lambda: self.node in nodes(), 40)
-        yield SimpleNamespace(phase="round", round=1, requests={self.node: self.request})
+        yield SimpleNamespace(phase="round", round=1, requests={self.node: self.request}, pause_seconds=0.0)
 
     def receive(self, node: int, data: bytes) -> None:
         self.reply = data

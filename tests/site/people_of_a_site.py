@@ -11,14 +11,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster
+from fedseek.identity.vault import StorageKey
 from fedseek.plan import Plan, check_plan, parse_spec
+from fedseek.records import Records
 from fedseek_site.approvals import Approvals
-from fedseek_site.people import PlanApproval, sign_approval
+from fedseek_site.ledger import Ledger
+from fedseek_site.people import PlanApproval, ReleaseApproval, sign_approval, sign_release_approval
 from fedseek_site.permission import Permission
+from fedseek_site.release_approvals import ReleaseApprovals
 
 SITE = "北岸银行"
 ZHANG, ANNA = "张伟", "Anna Lindqvist"
 KEYS = {name: Ed25519PrivateKey.generate() for name in (ZHANG, ANNA)}
+STORAGE_KEY = StorageKey.generate()
+RECORDS = Records(("转账", "余额"), ("欺诈", "正常"), ("客1", "客2"), "customer")
 NOON = 1_800_014_400.0  # a Friday in UTC
 ROSTER = Roster.of(SiteIdentity.generate(name, "bank").public() for name in (SITE, "harbour-bank", "第三银行"))
 OTHER_ROSTER = Roster.of(SiteIdentity.generate(name, "bank").public() for name in (SITE, "harbour-bank", "第三银行"))
@@ -41,7 +47,7 @@ PLAN = check_plan(parse_spec(DOCUMENT))
 TABLES: dict[str, Any] = {
     "models": {"allowed": ["any"]},
     "tasks": {"kinds": ["bank"], "labels": ["any"], "units": ["customer"], "metrics": ["accuracy"]},
-    "approval": {"required": 0},
+    "approval": {"required": 0, "releases": 0},
 }
 
 
@@ -51,6 +57,12 @@ def make_plan(seed: int) -> Plan:
 
 def sign(person: str, plan: Plan = PLAN, *, roster: Roster = ROSTER, at: float = NOON) -> PlanApproval:
     return sign_approval(KEYS[person], plan.digest, roster.digest().hex(), site=SITE, person=person, at=int(at))
+
+
+def sign_release(
+    person: str, release: str, *, at: float = NOON, key: Ed25519PrivateKey | None = None
+) -> ReleaseApproval:
+    return sign_release_approval(key or KEYS[person], release, site=SITE, person=person, at=int(at))
 
 
 @dataclass
@@ -65,10 +77,15 @@ class House:
         self.folder.chmod(0o700)
         self.write_policy()
         self.approvals = Approvals(self.folder / "approvals.sqlite3")
+        self.release_approvals = ReleaseApprovals(self.folder / "releases.sqlite3")
+        self.ledger = Ledger(self.folder / "ledger.sqlite3", STORAGE_KEY, dataset="账户", clock=lambda: self.now)
+        self.ledger.take_data(RECORDS)
         self.permission = Permission(
             site=SITE,
             policy_path=self.folder / "policy.toml",
             approvals=self.approvals,
+            release_approvals=self.release_approvals,
+            ledger=self.ledger,
             dataset="账户",
             record=self.record,
             clock=lambda: self.now,

@@ -185,7 +185,7 @@ def test_once_the_roster_lists_the_new_keys_the_site_starts_over_with_them_and_i
     assert again.send(ParcelDown()).renewal is None
     report = verify_audit(again.folder / "audit", public_key=new.signing_key, name=BEIAN)
     assert report.keys == (old.signing_key.hex(), new.signing_key.hex())
-    assert [line.kind for line in again.lines()] == ["begun", "key-announced", "roster-taken", "key-taken"]
+    assert [line.kind for line in again.lines()] == ["begun", "key-announced", "roster-taken", "key-taken", "ledger"]
 
 
 def test_a_roster_with_anothers_new_keys_does_not_make_this_site_start_over(joined, seat):

@@ -13,11 +13,12 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from people_of_a_site import PLAN, ROSTER, SITE, ZHANG, House, sign
+from people_of_a_site import PLAN, ROSTER, SITE, ZHANG, House, sign, sign_release
 
 import fedseek_site
 from fedseek.errors import AddressTaken, AuditBroken, FedseekError, InvalidConfig, LocalRefused, Malformed, Unreachable
 from fedseek_site import local_answers, local_api
+from fedseek_site.budget import BudgetAsked, RunEnded
 from fedseek_site.local_api import (
     METHODS,
     ROLES,
@@ -25,6 +26,8 @@ from fedseek_site.local_api import (
     LocalApi,
     PlanAsked,
     RecordAccepted,
+    ReleaseAsked,
+    ReleaseWithdrawal,
     Withdrawal,
     ask,
     role_for,
@@ -36,13 +39,28 @@ from fedseek_site.local_api import (
 QUESTIONS = {
     "plan": PlanAsked(plan=PLAN.digest),
     "withdraw": Withdrawal(plan=PLAN.digest, person=ZHANG),
+    "budget": BudgetAsked(),
+    "end_run": RunEnded(run="试运行-1"),
     "accept_record": RecordAccepted(name="仁济医院", why="disk lost"),
     "approve": sign(ZHANG),
+    "release": ReleaseAsked(release="ab" * 32),
+    "approve_release": sign_release(ZHANG, "ab" * 32),
+    "withdraw_release": ReleaseWithdrawal(release="ab" * 32, person=ZHANG),
 }
+ANYBODYS = {"status", "plans", "plan", "budget", "releases", "release"}
 ALLOWED = {
-    "operator": {"status", "plans", "plan", "pause", "resume"},
-    "steward": {"status", "plans", "plan", "data", "reload_data"},
-    "officer": {"status", "plans", "plan", "approve", "withdraw", "audit_head", "accept_record"},
+    "operator": {*ANYBODYS, "pause", "resume"},
+    "steward": {*ANYBODYS, "data", "reload_data"},
+    "officer": {
+        *ANYBODYS,
+        "approve",
+        "withdraw",
+        "approve_release",
+        "withdraw_release",
+        "end_run",
+        "audit_head",
+        "accept_record",
+    },
 }
 
 

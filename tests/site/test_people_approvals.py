@@ -1,6 +1,5 @@
 """Plans announced, people's signatures and admitted runs, on the disk."""
 
-import math
 import os
 import signal
 import sqlite3
@@ -253,28 +252,13 @@ def test_what_somebody_writes_into_the_file_is_no_approval(approvals, path):
 # runs
 
 
-def test_spending_adds_up_by_data_set_and_once_a_run(approvals):
-    assert approvals.spent_epsilon("账户") == 0
-    for run, epsilon in (("run-1", 0.5), ("run-1", 0.5), ("run-2", 1.25)):
-        approvals.admit(run, make_plan(epsilon=epsilon), ROSTER, dataset="账户", at=NOW)
-    approvals.admit("run-3", make_plan(epsilon=2.0), ROSTER, dataset="other", at=NOW)
-    assert approvals.spent_epsilon("账户") == 1.75
-    assert approvals.begun("run-1") == Begun(PLAN.digest, ROSTER.digest().hex())
-    assert approvals.begun("run-9") is None
-
-
-def test_after_a_run_without_privacy_nothing_is_left(approvals):
-    approvals.admit("run-1", PLAN, ROSTER, dataset="d", at=NOW)
-    assert math.isinf(approvals.spent_epsilon("d"))
-    assert approvals.spent_epsilon("other") == 0
-
-
 def test_a_run_begins_once(approvals):
     approvals.admit("run-1", PLAN, ROSTER, dataset="d", at=NOW)
     for plan, roster in ((make_plan(1), ROSTER), (PLAN, OTHER_ROSTER)):
         with pytest.raises(WrongRound):
             approvals.admit("run-1", plan, roster, dataset="d", at=NOW)
     assert approvals.begun("run-1") == Begun(PLAN.digest, ROSTER.digest().hex())
+    assert approvals.begun("run-9") is None
 
 
 def test_rosters_of_admitted_runs_are_known(approvals):
@@ -295,7 +279,7 @@ def test_everything_is_there_after_a_restart(approvals, path):
     approvals.close()
     again = Approvals(path)
     assert standing(again) == (ZHANG,)
-    assert again.spent_epsilon("d") == 1.5
+    assert again.begun("run-1") == Begun(make_plan(epsilon=1.5).digest, ROSTER.digest().hex())
     assert again.paused_at() == NOW
     again.resume()
     assert again.paused_at() is None
@@ -332,9 +316,8 @@ def test_a_kill_loses_nothing_that_was_told_and_another_process_sees_it(approval
         child.kill()
         child.wait()
         child.stdout.close()
-    spent = approvals.spent_epsilon("d")
-    assert told[-1] + 1 <= spent <= told[-1] + 2  # the last may be on the disk and not told
     assert all(approvals.begun(f"run-{number}") for number in told)
+    assert approvals.begun(f"run-{told[-1] + 2}") is None  # the one before may be on the disk and not told
 
 
 def test_the_file_is_its_owners_alone(approvals, path):
@@ -374,7 +357,6 @@ def test_a_step_that_fails_changes_nothing(approvals, monkeypatch):
         approvals.admit("run-1", PLAN, ROSTER, dataset="d", at=NOW)
     monkeypatch.undo()
     assert approvals.begun("run-1") is None
-    assert approvals.spent_epsilon("d") == 0
 
 
 # people's keys

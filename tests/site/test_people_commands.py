@@ -86,6 +86,7 @@ def test_json_is_one_line_wherever_a_script_would_read(site, key_file):
         ("resume",),
         ("data",),
         ("data", "--reload"),
+        ("releases",),
     ]
     for call in calls:
         told = at(site, *call, "--json").stdout
@@ -229,13 +230,14 @@ def test_every_call_is_recorded(site, key_file):
     at(site, "approve", PREFIX, "--person", ZHANG, "--key", key_file, "--yes")
     at(site, "pause")
     assert [(kind, facts.get("method")) for kind, facts in site.recorded] == [
+        ("local-call", "releases"),
         ("local-call", "plan"),
         ("local-call", "approve"),
         ("approved", None),
         ("local-call", "pause"),
         ("paused", None),
     ]
-    assert site.recorded[1][1] == {
+    assert site.recorded[2][1] == {
         "role": "officer",
         "method": "approve",
         "plan": PLAN.digest,

@@ -82,10 +82,10 @@ def policy(**changes: object) -> Policy:
     return Policy.model_validate_json(json.dumps(changed(ALLOWING, **changes)))
 
 
-def refusals(rules: Policy, asked=CHECKED, *, roster=ROSTER, spent=0.0) -> list[str]:
+def refusals(rules: Policy, asked=CHECKED, *, roster=ROSTER, after=0.0) -> list[str]:
     """Every rule that says no; the first is what others are told."""
     try:
-        check_policy(rules, asked, roster, site=ME, spent_epsilon=spent)
+        check_policy(rules, asked, roster, site=ME, total_epsilon_after=after)
     except PlanRefused as error:
         rest = error.hint.removeprefix("this policy also says no by: ")
         return [error.rule, *(rest.split("; ") if rest else [])]
@@ -93,7 +93,7 @@ def refusals(rules: Policy, asked=CHECKED, *, roster=ROSTER, spent=0.0) -> list[
 
 
 def test_a_plan_at_the_edge_of_every_rule_is_admitted():
-    assert refusals(policy()) == []
+    assert refusals(policy(), after=8.0) == []
 
 
 TRIPS = [
@@ -124,7 +124,7 @@ TRIPS = [
     ("rule", "rules", "asked"), TRIPS, ids=[f"{n}-{r.split(':')[0]}" for n, (r, *_) in enumerate(TRIPS)]
 )
 def test_each_rule_says_no_by_the_key_it_has_in_the_file(rule, rules, asked):
-    assert refusals(policy(**rules), plan(**asked)) == [rule]
+    assert refusals(policy(**rules), plan(**asked), after=8.0) == [rule]
     table, key = rule.split(":")[0].split(".")
     assert hasattr(getattr(Policy(version=1), table), key)
 
@@ -141,11 +141,11 @@ def test_a_plan_without_a_task_for_this_site_is_refused():
     assert "tasks.kinds: the plan has no task for this site" in refusals(policy(), roster=others)
 
 
-def test_what_was_spent_before_counts_and_is_not_told():
-    assert refusals(policy(limits__max_epsilon_total=10), spent=2.0) == []
-    for spent in (2.001, float("inf")):
-        assert refusals(policy(limits__max_epsilon_total=10), spent=spent) == ["limits.max_epsilon_total"]
-    assert refusals(policy(limits__max_epsilon_total=0.3), plan(privacy__epsilon=0.1), spent=0.1 + 0.1) == []
+def test_what_the_data_would_have_cost_counts_and_is_not_told():
+    assert refusals(policy(limits__max_epsilon_total=10), after=10.0) == []
+    for after in (10.001, float("inf"), float("nan")):
+        assert refusals(policy(limits__max_epsilon_total=10), after=after) == ["limits.max_epsilon_total"]
+    assert refusals(policy(limits__max_epsilon_total=0.3), plan(privacy__epsilon=0.1), after=0.1 + 0.1 + 0.1) == []
 
 
 def test_a_plan_without_privacy_runs_where_that_is_written_down():
@@ -201,14 +201,14 @@ def test_tightening_a_rule_never_admits_more(data):
     path = data.draw(st.sampled_from(sorted(tables)), label="tightened")
     loose, other = data.draw(tables[path]), data.draw(tables[path])
     tight = stricter(path, loose, other)
-    spent = data.draw(st.sampled_from([0.0, 3.0, float("inf")]))
+    after = data.draw(st.sampled_from([0.0, 9.0, float("inf")]))
     asked = plan(
         training__rounds=data.draw(st.integers(1, 3)),
         privacy__epsilon=data.draw(st.sampled_from([0.5, 4.0, 8.0])),
         cohort__colluders=data.draw(st.integers(0, 2)),
     )
-    if not refusals(policy(**{**rules, path: tight}), asked, spent=spent):
-        assert not refusals(policy(**{**rules, path: loose}), asked, spent=spent)
+    if not refusals(policy(**{**rules, path: tight}), asked, after=after):
+        assert not refusals(policy(**{**rules, path: loose}), asked, after=after)
 
 
 def stricter(path: str, one, other):
@@ -329,19 +329,19 @@ def test_a_missing_policy_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("mode", [0o664, 0o646, 0o602, 0o620])
 def test_a_policy_that_others_may_write_is_none(write, mode):
-    error = problems(write("version = 1\n[approval]\nrequired = 0\n", mode))
+    error = problems(write("version = 1\n[approval]\nrequired = 0\nreleases = 0\n", mode))
     assert f"mode {mode:04o}" in error.message
     assert "chmod go-w" in error.hint
 
 
 def test_nor_one_that_others_may_put_another_in_place_of(write):
-    path = write("version = 1\n[approval]\nrequired = 0\n")
+    path = write("version = 1\n[approval]\nrequired = 0\nreleases = 0\n")
     path.parent.chmod(0o777)
     assert "group or others may write it" in problems(path).message
 
 
 def test_a_link_is_judged_by_what_it_leads_to(write, tmp_path):
-    path = write("version = 1\n[approval]\nrequired = 0\n", 0o666)
+    path = write("version = 1\n[approval]\nrequired = 0\nreleases = 0\n", 0o666)
     link = tmp_path / "policy.toml"
     link.symlink_to(path)
     assert "mode 0666" in problems(link).message
@@ -386,11 +386,14 @@ BREAKS = [
     # what belongs together
     ("version = 1", ["1 privacy officer(s) have to agree, got 0"]),
     (f"version = 1\n[approval]\nrequired = 2\n{OFFICER}", ["2 privacy officer(s) have to agree, got 1"]),
+    ("version = 1\n[approval]\nrequired = 0", ["1 privacy officer(s) have to agree, got 0"]),
+    (f"version = 1\n[approval]\nreleases = 2\n{OFFICER}", ["2 privacy officer(s) have to agree, got 1"]),
+    (f"version = 1\n[approval]\nreleases = 3\n{OFFICER}", ["approval.releases:"]),
     (
         f'version = 1\n[approval.people."x"]\n{person(KEYS[0], "operator")}',
         ["1 privacy officer(s) have to agree, got 0"],
     ),
-    ('version = 1\n[approval]\nrequired = 0\n[roster]\nchanges = "approve"', ["1 privacy officer(s)"]),
+    ('version = 1\n[approval]\nrequired = 0\nreleases = 0\n[roster]\nchanges = "approve"', ["1 privacy officer(s)"]),
     (
         f'version = 1\n[approval]\nrequired = 2\n{OFFICER}[approval.people."x"]\n{person(KEYS[0].upper())}',
         ["'张伟' and 'x' have one key"],
@@ -417,9 +420,11 @@ def test_every_problem_is_told_at_once(write, text, expected):
 
 
 def test_the_digest_is_that_of_what_it_says(write):
-    one = load_policy(write("version = 1\n[approval]\nrequired = 0\n"))
-    same = load_policy(write("# 注释\nversion = 1\n[limits]\nmax_rounds = 100\n[approval]\nrequired = 0\n"))
-    other = load_policy(write("version = 1\n[limits]\nmax_rounds = 101\n[approval]\nrequired = 0\n"))
+    one = load_policy(write("version = 1\n[approval]\nrequired = 0\nreleases = 0\n"))
+    same = load_policy(
+        write("# 注释\nversion = 1\n[limits]\nmax_rounds = 100\n[approval]\nrequired = 0\nreleases = 0\n")
+    )
+    other = load_policy(write("version = 1\n[limits]\nmax_rounds = 101\n[approval]\nrequired = 0\nreleases = 0\n"))
     assert one.digest() == same.digest() != other.digest()
 
 
@@ -432,6 +437,6 @@ def test_rules_tell_nothing_of_the_data():
     strict = policy(
         limits__max_epsilon=1, limits__max_epsilon_total=1, tasks__labels=[], tasks__units=[], tasks__metrics=[]
     )
-    told = "".join(refusals(strict, spent=3.25))
+    told = "".join(refusals(strict, after=3.25))
     for secret in ("3.25", "欺诈", "正常", ME):
         assert secret not in told

@@ -213,6 +213,7 @@ def test_a_restart_under_another_storage_key_or_beside_a_running_one_is_refused(
             roster=None,
             state_folder=desk.folder / ME / "state",
             storage_key=key,
+            ledger=desk.ledgers[ME],
             release_folder=desk.folder / "x",
             observe=print,
         )

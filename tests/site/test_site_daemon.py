@@ -70,7 +70,7 @@ def test_people_are_answered_each_on_the_socket_of_their_role(folder):
             assert socket_path(run, role).stat().st_mode & 0o077 == 0
         assert Paths(folder).service_socket.stat().st_mode & 0o077 == 0
     assert not list(run.glob("*.sock"))
-    assert [kind for kind in kinds(folder) if kind != "local-call"] == ["begun", "started", "stopped"]
+    assert [kind for kind in kinds(folder) if kind != "local-call"] == ["begun", "ledger", "started", "stopped"]
 
 
 def test_a_steward_has_the_files_read_again(folder):

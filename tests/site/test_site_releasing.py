@@ -6,12 +6,14 @@ import pytest
 from msgspec.structs import replace
 
 from fedseek.aggregate import agg_finish, agg_init, agg_update
-from fedseek.dp.accounting import PrivacySpend
+from fedseek.dp.auditing import AuditOutcome
 from fedseek.errors import ReleaseRefused
 from fedseek.he.ciphertext import ScopedSum
 from fedseek.identity.signing import CONTEXT_RELEASE, verify
 from fedseek.messages import AggregateDown, ReleaseApproved, ReleaseRequest, release_message
-from fedseek_site.releasing import FinishedRun, write_site_release
+from fedseek.statement import parse_statement
+from fedseek_site import releasing
+from fedseek_site.releasing import Draft, draft_release, write_site_release
 
 ME, PEER, OTHER, LAST_SITE = "仁济医院", "北岸银行", "harbour-bank", "st-anna"
 
@@ -109,7 +111,16 @@ def test_a_release_is_written_once_and_signed(at_release):
     verify(desk.federation.roster.entry(ME), CONTEXT_RELEASE, signed, answer.signature)
     assert answer.adapter == {name: (folder / name).read_bytes() for name in answer.adapter}
     assert len(answer.adapter) == 2
-    assert (folder / "head-hospital.safetensors").exists()
+    assert {path.name for path in folder.iterdir()} == {
+        *answer.adapter,
+        "head-hospital.safetensors",
+        "head-hospital.json",
+        "README.md",
+        "PRIVACY.md",
+        "PRIVACY.zh.md",
+        "privacy.json",
+        "privacy.sig",
+    }
     assert desk.send(ME, sent) == first
     assert desk.code(ME, replace(sent, send_adapter=False)) == "WrongRound"
 
@@ -181,29 +192,24 @@ def test_where_too_few_of_a_kind_closed_the_run_the_figure_is_the_sites_own(make
     assert not says_own_figure(desk, PEER), "the banks were whole"
 
 
-def finished(desk, *, run=None, plan=None, steps=0, accounted=None):
-    held = desk.services[ME]._held[0]
-    plan = plan or desk.plan
-    spend = PrivacySpend(plan.privacy, steps if accounted is None else accounted) if plan.privacy else None
-    return FinishedRun(
-        run=run or desk.federation.run,
-        plan=plan,
-        identity=held.identity,
-        model=held.model,
-        digests={"global": bytes(32)},
-        spend=spend,
-        guards_passed=(),
-        steps=steps,
-        utility=0.5,
-    )
+def finished(desk, *, run=None):
+    """What a run has come to, as far as its folder goes."""
+    held, state = desk.services[ME]._held
+    name = run or desk.federation.run
+    document = json.dumps({"run": name}).encode()
+    return Draft(name, document, {"global": bytes(32)}, {"privacy.json": document}, 0.5, state), held.identity
+
+
+def put(desk, folder, **changes):
+    return write_site_release(*finished(desk, **changes), folder)
 
 
 def test_a_process_that_died_after_writing_its_release_writes_it_again(make_desk, tmp_path):
     desk = make_desk()
     desk.ask(ME, desk.offer(1))
     folder = tmp_path / "发布"
-    first = write_site_release(finished(desk), folder, send_adapter=True)
-    assert write_site_release(finished(desk), folder, send_adapter=True) == first
+    first = put(desk, folder)
+    assert put(desk, folder) == first == (folder / "privacy.sig").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["发布"], "no draft is left"
 
 
@@ -215,10 +221,10 @@ def test_another_runs_release_is_kept_beside_the_new_one(make_desk, tmp_path, ru
     desk.ask(ME, desk.offer(1))
     folder = tmp_path / "发布"
     for _ in range(2):
-        write_site_release(finished(desk, run=run), folder, send_adapter=False)
+        put(desk, folder, run=run)
         before = (folder / "privacy.json").read_bytes()
-        write_site_release(finished(desk), folder, send_adapter=False)
-    assert json.loads((folder / "privacy.json").read_bytes())["run"] == finished(desk).run
+        put(desk, folder)
+    assert json.loads((folder / "privacy.json").read_bytes())["run"] == desk.federation.run
     shelves = sorted(path for path in tmp_path.iterdir() if path != folder)
     assert len(shelves) == 3, "two of the earlier run, one of the run between them"
     assert sum((path / "privacy.json").read_bytes() == before for path in shelves) >= 1
@@ -235,15 +241,85 @@ def test_a_folder_that_holds_something_else_is_left_alone(make_desk, tmp_path, c
     if content is not None:
         (folder / "privacy.json").write_bytes(content)
     with pytest.raises(ReleaseRefused):
-        write_site_release(finished(desk), folder, send_adapter=False)
+        put(desk, folder)
 
 
-def test_a_site_that_cannot_earn_its_statement_does_not_release(make_desk):
+@pytest.fixture(scope="module")
+def at_private_release(make_desk):
     desk = make_desk(private=True)
-    request = desk.play(until=("release", 3))[ME]
+    return desk, desk.play(until=("release", 3))[ME]
+
+
+EARNED_NOT = {
+    "a step that the accountant does not know": (
+        {"steps_done": 5},
+        "budget: got 5 trained, 4 accounted, 4 in the ledger",
+    ),
+    "steps that the ledger does not know": (
+        {"steps_done": 6, "steps_accounted": 6},
+        "budget: got 6 trained, 6 accounted, 4 in the ledger",
+    ),
+    "a guard that did not report": ({"guards_passed": ("noise_added",)}, "guards: got 1, without clipping_applied"),
+    "no canaries": ({"canaries": None}, "canaries"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), EARNED_NOT.values(), ids=list(EARNED_NOT))
+def test_a_site_that_cannot_earn_its_statement_does_not_release(at_private_release, changes, said):
+    desk, request = at_private_release
     service = desk.services[ME]
     run, state = service._held
     assert (state.steps_done, state.steps_accounted) == (4, 4)
-    service._held = run, replace(state, steps_done=5)  # a step that the accountant does not know
-    assert desk.code(ME, request) == "ReleaseRefused"
+    service._held = run, replace(state, **changes)
+    try:
+        assert desk.code(ME, request) == "ReleaseRefused"
+        assert said in desk.text(ME)
+    finally:
+        service._held = run, state
     assert list((desk.folder / ME).glob("*release*")) == [], "neither a release nor a draft of one"
+
+
+def test_an_audit_above_the_claim_closes_the_gate(at_private_release, monkeypatch):
+    desk, request = at_private_release
+    found = AuditOutcome(canaries=64, confidence=0.95, released_adapter=0.0, every_round=8.5)
+    monkeypatch.setattr(releasing, "audit_outcome", lambda run, state, scopes: found)
+    assert desk.code(ME, request) == "ReleaseRefused"
+    assert "canary-audit: got 0.0000, 8.5000, wanted <= 7.9" in desk.text(ME)
+
+
+def test_a_draft_is_the_same_whenever_it_is_made_and_changes_nothing(at_private_release):
+    """People approve its digest, perhaps weeks before it is signed."""
+    desk, request = at_private_release
+    run, state = desk.services[ME]._held
+    before = state.to_bytes()
+    one, two = (draft_release(run, state, request) for _ in range(2))
+    assert (one.message, one.files) == (two.message, two.files)
+    assert state.to_bytes() == before
+    assert not folder_of(desk).exists()
+    assert one.after.canaries == state.canaries, "a run that goes on from this one needs them"
+    assert "privacy.sig" not in one.files
+
+
+def test_a_floor_that_the_kind_reached_is_told_and_the_figure_is_not(make_desk):
+    desk = make_desk(kinds=floors(0.0))
+    answer = desk.ask(ME, desk.play(until=("release", 3))[ME])
+    told = {check.name: check.got for check in parse_statement(answer.statement).checks}
+    assert told["utility"] == ">= 0"
+
+
+def test_an_adapter_below_the_plans_floor_is_not_released(make_desk):
+    desk = make_desk(kinds=floors(1.0))
+    request = desk.play(until=("release", 3))[ME]
+    assert refused(desk, request)[0] == "ReleaseRefused"
+    assert "utility: got 0." in desk.text(ME)
+
+
+def test_a_floor_is_not_reached_by_a_sites_own_figure(make_desk):
+    """One of the kind vanished, so there is no sum over it; this site's rows alone are not what the plan asks of."""
+    desk = make_desk(kinds=floors(0.0))
+    with pytest.raises(AssertionError, match="utility: got no figure over the sites of this kind, wanted >= 0"):
+        desk.play(away=lambda phase, number, site: (phase, number, site) == ("round", 3, LAST_SITE))
+
+
+def floors(floor):
+    return {"hospital": {"labels": ["急诊", "普通", "自理"], "unit": "patient", "min_utility": floor}}

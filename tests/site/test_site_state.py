@@ -16,7 +16,7 @@ from fedseek.errors import Malformed, PlanRefused
 from fedseek.messages import RoundKeys
 from fedseek_site.admission import ROOM_BESIDE_WEIGHTS, check_room
 from fedseek_site.journal import MAX_KEPT_BYTES
-from fedseek_site.state import EarlierAdapter, RoundState, ScopeValues, SiteState
+from fedseek_site.state import CanaryState, EarlierAdapter, RoundState, ScopeValues, SiteState
 from fedseek_site.weights import to_scopes, to_values
 
 KEYS = RoundKeys(site="仁济医院", round=2, mask_key=bytes(32), share_key=bytes(32), signature=bytes(64))
@@ -38,6 +38,7 @@ BEFORE = EarlierAdapter(
     digests={"global": b"\x07" * 32},
     contributors=(0, 3),
 )
+CANARIES = CanaryState(seed=SECRET * 2, first_losses=SECRET * 8, round_scores=SECRET * 8, rounds=1)
 STATE = SiteState(
     offer=b"offer",
     scopes={"global": ScopeValues(weights=SECRET, momentum=SECRET * 2, value_range=0.5)},
@@ -51,6 +52,7 @@ STATE = SiteState(
     before=BEFORE,
     earlier_runs=("丢失的运行",),
     group_keys={0: SECRET, 7: SECRET},
+    canaries=CANARIES,
     rounds={2: FULL, 3: RoundState(keys=KEYS, secrets=None)},
     released=True,
 )
@@ -64,7 +66,7 @@ def test_a_state_comes_back_as_it_was():
 
 @pytest.mark.parametrize("shown", [repr, str, lambda each: str(each.__rich_repr__())])
 def test_nothing_that_shows_a_state_shows_a_secret(shown):
-    for each in (STATE, FULL, BEFORE, STATE.scopes["global"], FULL.secrets, *FULL.held.values()):
+    for each in (STATE, FULL, BEFORE, CANARIES, STATE.scopes["global"], FULL.secrets, *FULL.held.values()):
         assert "secret-seed" not in shown(each)
 
 
