@@ -11,15 +11,12 @@ Durability is that of ``fedseek.daemon.database``.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from threading import RLock
 from typing import Final
 
-from fedseek.daemon.database import begin_or_check, check_whole, connect, make_private_file, told_as_ours, transaction
+from fedseek.daemon.database import SharedDatabase, begin_or_check, check_whole
 from fedseek.errors import InvalidPlan, NotNow, WrongKey, WrongRound
 from fedseek.identity.roster import Roster, parse_roster
 from fedseek.plan import Plan, plan_from_canonical
@@ -31,7 +28,6 @@ MIN_PREFIX: Final = 12  # hexadecimal digits of a digest that a person has to ty
 
 _APPLICATION_ID: Final = 0x46534131  # "FSA1": tells this file from any other SQLite database
 _WHAT: Final = "approvals"
-_BUSY_SECONDS: Final = 10.0
 _SCHEMA: Final = (
     f"PRAGMA application_id = {_APPLICATION_ID}",
     "CREATE TABLE rosters (digest TEXT PRIMARY KEY, canonical BLOB NOT NULL)",
@@ -81,19 +77,15 @@ class Approvals:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._turn = RLock()
-        make_private_file(path, what=_WHAT)
-        with ExitStack() as opened:
-            with told_as_ours(path, what=_WHAT, hint=_hint):
-                self._db = connect(path, opened, patience=_BUSY_SECONDS)
-            self._begin_or_check()
-            opened.pop_all()
+        def begin(db: sqlite3.Connection) -> None:
+            begin_or_check(db, path, _APPLICATION_ID, _SCHEMA, what="a site's approvals of version 1")
+            check_whole(db)
+
+        self._file = SharedDatabase(path, begin, what=_WHAT, hint=_hint)
 
     def close(self) -> None:
         """Close the file; closing twice does nothing more."""
-        with self._turn:
-            self._db.close()
+        self._file.close()
 
     # --- plans ---
 
@@ -104,7 +96,7 @@ class Approvals:
         nobody approved and no run has used.
         """
         digest = roster.digest().hex()
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute("INSERT OR IGNORE INTO rosters VALUES (?, ?)", (digest, roster.canonical_bytes()))
             db.execute(
                 "INSERT OR IGNORE INTO plans (digest, roster, canonical, at) VALUES (?, ?, ?, ?)",
@@ -120,7 +112,7 @@ class Approvals:
 
     def noticed(self) -> tuple[Noticed, ...]:
         """Every plan remembered, the newest first."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             rows = db.execute(_PLANS + " ORDER BY number DESC").fetchall()
         return tuple(_noticed(row) for row in rows)
 
@@ -134,7 +126,7 @@ class Approvals:
             raise InvalidPlan(
                 [f"got {prefix!r}, wanted at least {MIN_PREFIX} hexadecimal digits"], source="plan digest"
             )
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             rows = db.execute(
                 _PLANS + " WHERE substr(plans.digest, 1, ?) = ? ORDER BY number DESC", (len(prefix), prefix)
             ).fetchall()
@@ -156,7 +148,7 @@ class Approvals:
         check_approval(approval, policy, site=site)
         check_clock(approval, site=site, now=now)
         key = (approval.plan, approval.roster, approval.person)
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             if not db.execute("SELECT 1 FROM plans WHERE (digest, roster) = (?, ?)", key[:2]).fetchone():
                 raise InvalidPlan(
                     ["no such plan was announced here among these sites"],
@@ -175,7 +167,7 @@ class Approvals:
 
         No signature is asked for: saying no must be easy.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             return db.execute(
                 "UPDATE approvals SET withdrawn_at = ? WHERE plan = ? AND person = ? AND withdrawn_at IS NULL",
                 (at, plan, person),
@@ -183,7 +175,7 @@ class Approvals:
 
     def standing(self, plan: str, roster: str, policy: Policy, *, site: str) -> tuple[str, ...]:
         """Whose approvals of this plan among these sites count now: different people, signatures verified."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             rows = db.execute(
                 "SELECT person, at, signature FROM approvals WHERE (plan, roster) = (?, ?) AND withdrawn_at IS NULL"
                 " ORDER BY person",
@@ -202,7 +194,7 @@ class Approvals:
         """
         now = Begun(plan.digest, roster.digest().hex())
         privacy = plan.spec.privacy
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute(
                 "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (run, now.plan, now.roster, dataset, privacy.epsilon, privacy.delta, at),
@@ -213,49 +205,38 @@ class Approvals:
 
     def begun(self, run: str) -> Begun | None:
         """What a run was admitted with; None if it was not."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             return _begun(db, run)
 
     def runs_of(self, plan: str, roster: str) -> tuple[str, ...]:
         """The runs of a plan among these sites that were admitted here, in that order."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             rows = db.execute("SELECT run FROM runs WHERE (plan, roster) = (?, ?) ORDER BY rowid", (plan, roster))
             return tuple(run for (run,) in rows)
 
     def knows_roster(self, roster: str) -> bool:
         """Was a run admitted here among these very sites?"""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             return db.execute("SELECT 1 FROM runs WHERE roster = ?", (roster,)).fetchone() is not None
 
     # --- pause ---
 
     def pause(self, at: float) -> None:
         """Take part in nothing new until ``resume``, also after a restart."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute("DELETE FROM pauses")
             db.execute("INSERT INTO pauses VALUES (?)", (at,))
 
     def resume(self) -> None:
         """Take part again."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute("DELETE FROM pauses")
 
     def paused_at(self) -> float | None:
         """Since when the site is paused; None if it is not."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             row = db.execute("SELECT at FROM pauses").fetchone()
         return None if row is None else float(row[0])
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of the block or nothing of it."""
-        with self._turn, told_as_ours(self._path, what=_WHAT, hint=_hint), transaction(self._db) as db:
-            yield db
-
-    def _begin_or_check(self) -> None:
-        with self._transaction() as db:
-            begin_or_check(db, self._path, _APPLICATION_ID, _SCHEMA, what="a site's approvals of version 1")
-            check_whole(db)
 
 
 def _hint(name: str) -> str:

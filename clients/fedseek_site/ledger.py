@@ -18,13 +18,21 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from threading import RLock
 from typing import Final
 
-from fedseek.daemon.database import begin_or_check, check_whole, connect, make_private_file, told_as_ours, transaction
+from fedseek.daemon.database import (
+    SharedDatabase,
+    begin_or_check,
+    check_whole,
+    connect,
+    make_private_file,
+    told_as_ours,
+    transaction,
+)
 from fedseek.dp.accounting import PrivacyParams
 from fedseek.errors import AuditBroken, BudgetExceeded, JournalUnusable, WrongRound
 from fedseek.identity.vault import StorageKey, open_at_rest, seal_at_rest
@@ -89,27 +97,22 @@ class Ledger:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._path, self._dataset, self._limit, self._clock = path, dataset, limit, clock
-        self._turn = RLock()
+        self._turn = RLock()  # for what is read here and then written, beside the file's own
         self._data = 0  # number of the data entry in use; 0: no data was taken yet
         self._follows: dict[str, tuple[str, int]] = {}
-        make_private_file(path, what=_WHAT)
-        with ExitStack() as opened:
-            with told_as_ours(path, what=_WHAT, hint=_hint):
-                self._db = connect(path, opened, patience=_BUSY_SECONDS)
-            with self._transaction() as db:
-                if begin_or_check(db, path, _APPLICATION_ID, _SCHEMA, what="a site's privacy ledger of version 1"):
-                    db.execute(
-                        "INSERT INTO hash_key VALUES (?)", (seal_at_rest(key, os.urandom(32), purpose=_PURPOSE),)
-                    )
-                (sealed,) = db.execute("SELECT sealed FROM hash_key").fetchone()
-                self._entries = _read_checked(db, path)
+
+        def begin(db: sqlite3.Connection) -> None:
+            if begin_or_check(db, path, _APPLICATION_ID, _SCHEMA, what="a site's privacy ledger of version 1"):
+                db.execute("INSERT INTO hash_key VALUES (?)", (seal_at_rest(key, os.urandom(32), purpose=_PURPOSE),))
+            (sealed,) = db.execute("SELECT sealed FROM hash_key").fetchone()
+            self._entries = _read_checked(db, path)
             self._hasher = Hasher(open_at_rest(key, sealed, purpose=_PURPOSE))
-            opened.pop_all()
+
+        self._file = SharedDatabase(path, begin, what=_WHAT, hint=_hint)
 
     def close(self) -> None:
         """Close the file; closing twice does nothing more."""
-        with self._turn:
-            self._db.close()
+        self._file.close()
 
     # --- whose data ---
 
@@ -129,7 +132,7 @@ class Ledger:
                 if isinstance(entry, DataTaken) and (entry.name, entry.fingerprint) == (self._dataset, fingerprint):
                     self._data = noted.number
                     return fingerprint
-            with self._transaction() as db:
+            with self._file.transaction() as db:
                 known, new = sort_out(db, [self._hasher.of_name(self._dataset), *found])
                 taken = DataTaken(
                     name=self._dataset,
@@ -333,7 +336,7 @@ class Ledger:
             )
 
     def _append(self, entry: Entry) -> Noted:
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             noted = self._insert(db, entry)
         self._entries.append(noted)
         return noted
@@ -350,12 +353,6 @@ class Ledger:
         noted = Noted(number + 1, chain_digest(previous, encoded), entry)
         db.execute("INSERT INTO entries VALUES (?, ?, ?)", (noted.number, encoded, noted.digest))
         return noted
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of the block or nothing of it."""
-        with self._turn, told_as_ours(self._path, what=_WHAT, hint=_hint), transaction(self._db) as db:
-            yield db
 
 
 def read_ledger(path: Path) -> list[Noted]:

@@ -11,17 +11,15 @@ signatures are verified again, against the policy of the day, each time approval
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from threading import RLock
 from typing import Final
 
 import msgspec
 
-from fedseek.daemon.database import begin_or_check, check_whole, connect, make_private_file, told_as_ours, transaction
+from fedseek.daemon.database import SharedDatabase, begin_or_check, check_whole
 from fedseek.errors import Malformed, NotNow, ReleaseRefused, WrongKey
 from fedseek.messages import release_message
 from fedseek_site.people import ReleaseApproval, check_clock, check_release_approval
@@ -30,9 +28,8 @@ from fedseek_site.policy import Policy
 MAX_ANNOUNCED: Final = 16  # releases of one run that nobody has approved; the oldest make room
 MIN_PREFIX: Final = 12  # hexadecimal digits of a digest that a person has to type
 
-_APPLICATION_ID: Final = 0x46534C31  # "FSL1": tells this file from any other SQLite database
+_APPLICATION_ID: Final = 0x46535031  # "FSP1": tells this file from any other SQLite database
 _WHAT: Final = "approvals of releases"
-_BUSY_SECONDS: Final = 10.0
 _SCHEMA: Final = (
     f"PRAGMA application_id = {_APPLICATION_ID}",
     # digests: MessagePack, by scope. let_go_at: NULL until the site may sign
@@ -92,21 +89,15 @@ class ReleaseApprovals:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._turn = RLock()
-        make_private_file(path, what=_WHAT)
-        with ExitStack() as opened:
-            with told_as_ours(path, what=_WHAT, hint=_hint):
-                self._db = connect(path, opened, patience=_BUSY_SECONDS)
-            with self._transaction() as db:
-                begin_or_check(db, path, _APPLICATION_ID, _SCHEMA, what="a site's approvals of releases of version 1")
-                check_whole(db)
-            opened.pop_all()
+        def begin(db: sqlite3.Connection) -> None:
+            begin_or_check(db, path, _APPLICATION_ID, _SCHEMA, what="a site's approvals of releases of version 1")
+            check_whole(db)
+
+        self._file = SharedDatabase(path, begin, what=_WHAT, hint=_hint)
 
     def close(self) -> None:
         """Close the file; closing twice does nothing more."""
-        with self._turn:
-            self._db.close()
+        self._file.close()
 
     # --- releases ---
 
@@ -116,7 +107,7 @@ class ReleaseApprovals:
         A coordinator that asks in ever new ways fills nothing: beyond ``MAX_ANNOUNCED`` of a run, the oldest are
         forgotten that nobody approved.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute(
                 "INSERT OR IGNORE INTO releases (digest, run, plan, digests, statement, at) VALUES (?, ?, ?, ?, ?, ?)",
                 (
@@ -139,13 +130,13 @@ class ReleaseApprovals:
     def drafted_for(self, request: bytes) -> AnnouncedRelease | None:
         """What was drafted for this very request; None if nothing was."""
         query = _FIELDS + " JOIN requests ON requests.release = releases.digest WHERE requests.request = ?"
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             row = db.execute(query, (sha256(request).digest(),)).fetchone()
         return None if row is None else _announced(row)
 
     def announced(self) -> tuple[AnnouncedRelease, ...]:
         """Every release remembered, the newest first."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             rows = db.execute(_FIELDS + " ORDER BY number DESC").fetchall()
         return tuple(_announced(row) for row in rows)
 
@@ -157,7 +148,7 @@ class ReleaseApprovals:
         """
         if len(prefix) < MIN_PREFIX or set(prefix) - set("0123456789abcdef"):
             raise Malformed(f"release digest: got {prefix!r}, wanted at least {MIN_PREFIX} hexadecimal digits")
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             rows = db.execute(_FIELDS + " WHERE substr(digest, 1, ?) = ?", (len(prefix), prefix)).fetchall()
         if len(rows) != 1:
             found = "several releases begin" if rows else "no release announced here begins"
@@ -177,7 +168,7 @@ class ReleaseApprovals:
         check_release_approval(approval, policy, site=site)
         check_clock(approval, site=site, now=now)
         key = (approval.release, approval.person)
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             if not db.execute("SELECT 1 FROM releases WHERE digest = ?", key[:1]).fetchone():
                 raise Malformed(
                     f"release {approval.release[:MIN_PREFIX]} was not announced here",
@@ -194,7 +185,7 @@ class ReleaseApprovals:
         Raises:
             ReleaseRefused: too late, the release may have left the building.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             gone = db.execute(
                 "SELECT 1 FROM releases WHERE digest = ? AND let_go_at IS NOT NULL", (release,)
             ).fetchone()
@@ -210,7 +201,7 @@ class ReleaseApprovals:
 
     def standing(self, release: str, policy: Policy, *, site: str) -> tuple[str, ...]:
         """Whose approvals of this release count now: different people, signatures verified."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             return _standing(db, release, policy, site)
 
     def let_go(self, release: str, policy: Policy, *, site: str, at: float) -> tuple[str, ...]:
@@ -220,17 +211,11 @@ class ReleaseApprovals:
         Returns:
             Whose approvals count; whether they are enough is ``policy.approval.releases``.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             names = _standing(db, release, policy, site)
             if len(names) >= policy.approval.releases:
                 db.execute("UPDATE releases SET let_go_at = coalesce(let_go_at, ?) WHERE digest = ?", (at, release))
         return names
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of the block or nothing of it."""
-        with self._turn, told_as_ours(self._path, what=_WHAT, hint=_hint), transaction(self._db) as db:
-            yield db
 
 
 def _hint(name: str) -> str:

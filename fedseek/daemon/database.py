@@ -16,6 +16,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Final
 
 from fedseek.errors import CustodyError, JournalUnusable
@@ -130,6 +131,56 @@ def transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     finally:
         if db.in_transaction:
             db.execute("ROLLBACK")
+
+
+class SharedDatabase:
+    """A private file that the threads of one process share, a transaction at a time.
+
+    Args:
+        path: of the file, in a folder on a local disk; made if it is missing.
+        begin: what the first transaction does, such as laying out tables; if it raises, the file is closed again.
+        what: the file is, for errors.
+        hint: what to do, given SQLite's name of the error.
+        patience: seconds to wait for another process's transaction.
+
+    Raises:
+        CustodyError: the file is open to group or others, or cannot be opened.
+        JournalUnusable: it is damaged, in use for too long, or something else.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        begin: Callable[[sqlite3.Connection], None],
+        *,
+        what: str,
+        hint: Callable[[str], str],
+        patience: float = 10.0,
+    ) -> None:
+        self.path, self._what, self._hint = path, what, hint
+        self._turn = RLock()
+        make_private_file(path, what=what)
+        with ExitStack() as opened:
+            with told_as_ours(path, what=what, hint=hint):
+                self._db = connect(path, opened, patience=patience)
+            with self.transaction() as db:
+                begin(db)
+            opened.pop_all()
+
+    def close(self) -> None:
+        """Close the file; closing twice does nothing more."""
+        with self._turn:
+            self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of the block or nothing of it.
+
+        Raises:
+            JournalUnusable: the file is damaged or locked, the disk is full or fails.
+        """
+        with self._turn, told_as_ours(self.path, what=self._what, hint=self._hint), transaction(self._db) as db:
+            yield db
 
 
 @contextmanager
