@@ -79,7 +79,7 @@ def _check_budget(plan: Plan, outcome: Outcome) -> _Checked:
     """
     spend, wanted = outcome.spend, f"<= {plan.total_steps}"
     if plan.privacy is None:
-        return Check(name=BUDGET, wanted=NOT_ASKED, got=NOT_ASKED), spend is None
+        return Check(name=BUDGET, wanted=NOT_ASKED, got=str(outcome.steps)), spend is None
     accounted = spend.num_steps if spend else 0
     same = spend is not None and spend.params == plan.privacy and outcome.steps == accounted
     holds = same and accounted <= outcome.steps_spent <= plan.total_steps

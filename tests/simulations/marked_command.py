@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,8 @@ class Command:
             stderr=subprocess.PIPE,
             env=environment,
             start_new_session=True,
+            # a shell that runs the tests in the background has them, and their children, ignore Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             text=True,
             encoding="utf-8",
         )

@@ -240,12 +240,23 @@ def test_200_megabytes_pass_both_ways_in_bounded_memory(gate, record_property):
 STRANGER = 65534
 
 
+def paths_for_strangers():
+    """Where packages are found, but for what is in this account's home."""
+    return ":".join(
+        path for path in sys.path if path and Path(path).is_dir() and not Path(path).is_relative_to(Path.home())
+    )
+
+
 def python_for_strangers():
-    """An interpreter of this version that another account may run; the venv may lie where it may not go."""
+    """An interpreter of this version that another account may run with our code; either may lie where it may not go."""
     for program in (sys.executable, shutil.which("python3", path="/usr/bin:/usr/local/bin")):
-        code = f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
+        code = f"import sys, fedseek_site.courier; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
+        found = {"PYTHONPATH": paths_for_strangers(), "PATH": "/usr/bin:/bin"}
         try:
-            if program and not subprocess.run([program, "-c", code], user=STRANGER, check=False).returncode:
+            if program and not subprocess.run(
+                [program, "-P", "-c", code], user=STRANGER, group=STRANGER, extra_groups=[], cwd="/", env=found,
+                stderr=subprocess.DEVNULL, check=False,
+            ).returncode:  # fmt: skip
                 return program
         except OSError:
             continue
@@ -253,7 +264,10 @@ def python_for_strangers():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0 or python_for_strangers() is None, reason="becomes another account")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or python_for_strangers() is None,
+    reason="becomes another account, which must be able to read this checkout",
+)
 def test_it_runs_under_another_account_that_reaches_nothing_of_the_site_but_the_socket(gate):
     folder = Path(tempfile.mkdtemp(prefix="fs."))
     settings, number = gate.enrolled_site("account")
@@ -270,14 +284,11 @@ def test_it_runs_under_another_account_that_reaches_nothing_of_the_site_but_the_
         ca.chmod(0o644)
         own = dataclasses.replace(settings, state=folder / "courier", ca=ca, node_key=key, service=socket_path)
         command = [python_for_strangers(), *courier(own).command[1:]]
-        paths = [
-            path for path in sys.path if path and Path(path).is_dir() and not Path(path).is_relative_to(Path.home())
-        ]
         stop = serve(turned, socket_path, mode=0o660, group=STRANGER)
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 command, user=STRANGER, group=STRANGER, extra_groups=[], stderr=log, cwd="/",
-                env={"PYTHONPATH": ":".join(paths), "HOME": str(own.state), "PATH": "/usr/bin:/bin"},
+                env={"PYTHONPATH": paths_for_strangers(), "HOME": str(own.state), "PATH": "/usr/bin:/bin"},
             )  # fmt: skip
         try:
             assert ask(gate.link(), number, b"as nobody").reply == b"ydobon sa"
