@@ -1,19 +1,15 @@
-"""The picture of a canary audit: for each site two bounds on epsilon, its claim, and what so many canaries could refute.
-
-SVG written by hand: a site that runs no simulations has no drawing library.
-"""
+"""The picture of a canary audit: for each site two bounds on epsilon, its claim, and what so many canaries could refute."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Final
+
+from fedseek.svg import GRID, INK, QUIET, document, text
 
 _LEFT, _WIDTH, _RIGHT = 240, 420, 220  # names, bars, words; pixels
 _ROW, _TOP = 30, 54
-_INK, _QUIET, _GRID, _HOLDS, _REFUTED = "#10203a", "#6a7383", "#e2e5ea", "#1d5fbf", "#b3261e"
-_STYLE: Final = "font-family: system-ui, sans-serif; font-size: 13px"
+_HOLDS, _REFUTED = "#1d5fbf", "#b3261e"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +40,13 @@ def audit_picture(bars: Sequence[AuditBar]) -> str:
     longest = max((max(bar.bound, bar.could_refute, bar.claim or 0.0) for bar in bars), default=0.0) or 1.0
     height = _TOP + _ROW * len(bars) + 34
     body = "\n".join(_row(bar, _TOP + _ROW * number, longest) for number, bar in enumerate(bars))
-    box = f"0 0 {_LEFT + _WIDTH + _RIGHT} {height}"
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" role="img" style="{_STYLE}">
-<title>Lower bounds on epsilon from canaries, against the epsilon claimed</title>
-<rect width="100%" height="100%" fill="#ffffff"/>
-{_text(16, 24, "Canary audit: epsilon is at least the bar; the line is what the site claims", _INK)}
-{body}
-{_text(_LEFT, height - 12, f"0 to {longest:.3g}; light: what so many canaries could refute", _QUIET)}
-</svg>
-"""
+    parts = [
+        text(16, 24, "Canary audit: epsilon is at least the bar; the line is what the site claims", INK),
+        body,
+        text(_LEFT, height - 12, f"0 to {longest:.3g}; light: what so many canaries could refute", QUIET),
+    ]
+    title = "Lower bounds on epsilon from canaries, against the epsilon claimed"
+    return document(_LEFT + _WIDTH + _RIGHT, height, title=title, body="\n".join(parts))
 
 
 def _row(bar: AuditBar, top: int, longest: float) -> str:
@@ -61,16 +55,12 @@ def _row(bar: AuditBar, top: int, longest: float) -> str:
 
     refuted = bar.claim is not None and bar.bound > bar.claim
     parts = [
-        _text(16, top + 15, f"{bar.site}, {bar.seen}", _INK),
-        f'<rect x="{_LEFT}" y="{top}" width="{across(bar.could_refute)}" height="20" fill="{_GRID}"/>',
+        text(16, top + 15, f"{bar.site}, {bar.seen}", INK),
+        f'<rect x="{_LEFT}" y="{top}" width="{across(bar.could_refute)}" height="20" fill="{GRID}"/>',
         f'<rect x="{_LEFT}" y="{top + 4}" width="{across(bar.bound)}" height="12" fill="{_REFUTED if refuted else _HOLDS}"/>',
     ]
     if bar.claim is not None:
         at = _LEFT + across(bar.claim)
-        parts.append(f'<line x1="{at}" y1="{top - 3}" x2="{at}" y2="{top + 23}" stroke="{_INK}" stroke-width="2"/>')
+        parts.append(f'<line x1="{at}" y1="{top - 3}" x2="{at}" y2="{top + 23}" stroke="{INK}" stroke-width="2"/>')
     words = f"{bar.bound:.2f}; {bar.right} of {bar.made} guesses right"
-    return "\n".join([*parts, _text(_LEFT + _WIDTH + 12, top + 15, words, _REFUTED if refuted else _QUIET)])
-
-
-def _text(x: int, y: int, words: str, colour: str) -> str:
-    return f'<text x="{x}" y="{y}" fill="{colour}">{escape(words)}</text>'
+    return "\n".join([*parts, text(_LEFT + _WIDTH + 12, top + 15, words, _REFUTED if refuted else QUIET)])

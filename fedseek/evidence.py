@@ -31,7 +31,7 @@ from fedseek.identity.signing import SIGNATURE_BYTES
 from fedseek.lora.adapter_file import ADAPTER_FILES, WEIGHTS_FILE
 from fedseek.plan import MAX_PLAN_BYTES, Plan, plan_digest, plan_from_canonical
 from fedseek.release import model_card
-from fedseek.statement import MAX_STATEMENT_BYTES, PrivacyStatement, parse_statement
+from fedseek.statement import MAX_STATEMENT_BYTES, PrivacyStatement, one_form, parse_statement
 from fedseek.statement_page import privacy_page
 from fedseek.statement_words import LANGUAGES
 
@@ -191,7 +191,7 @@ def pages(plan: Plan, statements: Sequence[PrivacyStatement]) -> dict[str, bytes
 
 def heads_bytes(heads: Sequence[AuditHead], countersignatures: Mapping[str, bytes]) -> bytes:
     """The one form of ``audit-heads.json``."""
-    return _heads_form(
+    return one_form(
         AuditHeads(
             heads=tuple(msgspec.convert(head_document(head), HeadDocument) for head in in_order(heads)),
             countersignatures={name: signature.hex() for name, signature in countersignatures.items()},
@@ -203,7 +203,7 @@ def parse_heads(data: bytes) -> AuditHeads:
     """Read what ``heads_bytes`` wrote. Raises ``Malformed``."""
     try:
         heads = msgspec.json.decode(data, type=AuditHeads)
-        same = _heads_form(heads) == data and [head.name for head in heads.listed()] == [h.name for h in heads.heads]
+        same = one_form(heads) == data and [head.name for head in heads.listed()] == [h.name for h in heads.heads]
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:  # msgspec lets the latter two through
         raise Malformed(f"audit heads of {len(data)} bytes do not parse: {str(error)[:200]}") from None
     if not same:
@@ -286,7 +286,3 @@ def _read_plain(path: Path, name: str) -> bytes:
     if len(data) > limit:
         raise ReleaseRefused(f"{name}: got more than {limit} bytes, wanted at most that")
     return data
-
-
-def _heads_form(heads: AuditHeads) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(heads, order="deterministic"), indent=2) + b"\n"

@@ -1,24 +1,19 @@
-"""The picture of a plan's privacy: epsilon for each noise, and epsilon round by round, by both accountants.
-
-SVG written by hand: who only checks a plan has no drawing library.
-"""
+"""The picture of a plan's privacy: epsilon for each noise, and epsilon round by round, by both accountants."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from html import escape
-from typing import Final
 
 from fedseek.predict_privacy import PrivacyPrediction
+from fedseek.svg import GRID, INK, QUIET, document, text
 
 Points = Sequence[tuple[float, float | None]]
 Line = tuple[Points, bool]  # dashed or not
 Scale = tuple[Callable[[float], float], float, float]  # how a value becomes a length; least and largest value
 
 _WIDTH, _HEIGHT, _GAP, _LEFT, _TOP = 320, 240, 110, 70, 70  # of a chart and around it; pixels
-_INK, _QUIET, _GRID, _MARK = "#10203a", "#6a7383", "#e2e5ea", "#1d5fbf"
-_STYLE: Final = "font-family: system-ui, sans-serif; font-size: 13px"
+_MARK = "#1d5fbf"
 
 
 def privacy_picture(name: str, prediction: PrivacyPrediction) -> str:
@@ -44,19 +39,13 @@ def privacy_picture(name: str, prediction: PrivacyPrediction) -> str:
         f"δ {prediction.delta:g}; dot: this plan"
     )
     parts = [
-        _text(16, 24, f"Privacy of plan {name}", _INK),
-        _text(16, 44, f"{about}; line: PLD, which is stated; dashed: RDP", _QUIET),
+        text(16, 24, f"Privacy of plan {name}", INK),
+        text(16, 44, f"{about}; line: PLD, which is stated; dashed: RDP", QUIET),
         _chart(_LEFT, "noise multiplier", "ε", by_noise, (own.noise_multiplier, own.epsilon), logarithmic=True),
         _chart(right, "round", "ε so far", by_round, (rounds[-1].round, rounds[-1].epsilon), logarithmic=False),
     ]
-    body = "\n".join(parts)
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + _WIDTH + 30} {_TOP + _HEIGHT + 56}" \
-role="img" style="{_STYLE}">
-<title>Privacy of plan {escape(name)}: epsilon for each noise multiplier, and round by round</title>
-<rect width="100%" height="100%" fill="#ffffff"/>
-{body}
-</svg>
-"""
+    title = f"Privacy of plan {name}: epsilon for each noise multiplier, and round by round"
+    return document(right + _WIDTH + 30, _TOP + _HEIGHT + 56, title=title, body="\n".join(parts))
 
 
 def _chart(
@@ -64,7 +53,7 @@ def _chart(
 ) -> str:
     found = [(x, y) for points, _ in lines for x, y in points if y is not None]
     if not found:
-        return _text(left, _TOP + 20, "no bound on ε is found", _QUIET)
+        return text(left, _TOP + 20, "no bound on ε is found", QUIET)
     xs, ys = [x for x, _ in found], [y for _, y in found]
     x_scale, y_scale = (_scale(values, _log if logarithmic else float) for values in (xs, ys))
 
@@ -79,21 +68,21 @@ def _chart(
     if mark[1] is not None:
         x, y = place(mark[0], mark[1])
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{_MARK}"/>')
-        parts.append(_text(x - 8, y + 18, f"{mark[1]:.3g}", _INK, anchor="end"))
+        parts.append(text(x - 8, y + 18, f"{mark[1]:.3g}", INK, anchor="end"))
     return "\n".join(parts)
 
 
 def _axes(left: int, across: str, up: str, x_scale: Scale, y_scale: Scale, *, logarithmic: bool) -> str:
-    floor, parts = _TOP + _HEIGHT, [_text(left + _WIDTH / 2, _TOP + _HEIGHT + 42, across, _QUIET, anchor="middle")]
+    floor, parts = _TOP + _HEIGHT, [text(left + _WIDTH / 2, _TOP + _HEIGHT + 42, across, QUIET, anchor="middle")]
     for tick in _ticks(x_scale, logarithmic=logarithmic):
         x = left + _WIDTH * _part(tick, x_scale)
-        parts.append(_text(x, floor + 20, f"{tick:g}", _QUIET, anchor="middle"))
-        parts.append(f'<path d="M{x:.1f} {floor}v4" stroke="{_QUIET}"/>')
+        parts.append(text(x, floor + 20, f"{tick:g}", QUIET, anchor="middle"))
+        parts.append(f'<path d="M{x:.1f} {floor}v4" stroke="{QUIET}"/>')
     for tick in _ticks(y_scale, logarithmic=logarithmic):
         y = floor - _HEIGHT * _part(tick, y_scale)
-        parts.append(f'<path d="M{left} {y:.1f}h{_WIDTH}" stroke="{_GRID}"/>')
-        parts.append(_text(left - 8, y + 4, f"{tick:g}", _QUIET, anchor="end"))
-    parts.append(_text(left - 40, _TOP - 8, up, _QUIET))
+        parts.append(f'<path d="M{left} {y:.1f}h{_WIDTH}" stroke="{GRID}"/>')
+        parts.append(text(left - 8, y + 4, f"{tick:g}", QUIET, anchor="end"))
+    parts.append(text(left - 40, _TOP - 8, up, QUIET))
     return "\n".join(parts)
 
 
@@ -123,7 +112,3 @@ def _ticks(scale: Scale, *, logarithmic: bool) -> list[float]:
         return [tick for tick in rounded if low <= tick <= high]
     step = next((tick for tick in rounded if (high - low) / tick <= 6), high - low)
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def _text(x: float, y: float, words: str, colour: str, *, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}">{escape(words)}</text>'

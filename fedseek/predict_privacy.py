@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fedseek.dp.accounting import PrivacyParams, PrivacySpend, calibrate_noise_multiplier
+from fedseek.dp.site_level import MECHANISM
 from fedseek.errors import UnsupportedMechanism
 from fedseek.plan import Plan
 
@@ -168,7 +169,7 @@ def _round_cost(plan: Plan, own: PrivacyParams, number: int) -> RoundCost:
 
 def _site_level(plan: Plan) -> SiteLevelCost | None:
     site = plan.site_level
-    return SiteLevelCost(site.epsilon(plan.spec.training.rounds), site.delta, site.mechanism) if site else None
+    return SiteLevelCost(site.epsilon(plan.spec.training.rounds), site.delta, MECHANISM) if site else None
 
 
 def _some_rounds(rounds: int) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from fedseek.dp import site_level
 from fedseek.dp.accounting import PrivacySpend
 from fedseek.dp.guards import TRAINING_GUARDS
 from fedseek.dp.site_guards import SITE_LEVEL_GUARDS
@@ -44,7 +45,7 @@ ACCOUNTANT: Final = "privacy loss distribution (dp_accounting); second opinion: 
 NO_ACCOUNTANT: Final = "none"
 TRUST_MODEL: Final = "noise added at the site before anything leaves it; holds against everyone else"
 NO_TRUST_MODEL: Final = "no noise: updates are hidden in sums, by encryption and masks alone"
-SITE_MECHANISM: Final = "distributed discrete Gaussian: each site's update clipped, rounded, and noised with its share"
+SITE_MECHANISM: Final = site_level.MECHANISM
 SITE_RELATION: Final = "replace all updates of one site by zeros"
 SITE_TRUST_MODEL: Final = "the noise is that of all sites; holds while no more of them collude than the plan says"
 
@@ -275,7 +276,12 @@ def outcome_of(plan: Plan, statement: PrivacyStatement, *, largest_value: float)
 
 def statement_bytes(statement: PrivacyStatement) -> bytes:
     """The JSON a site signs and publishes; the one form of this statement."""
-    return msgspec.json.format(msgspec.json.encode(statement, order="deterministic"), indent=2) + b"\n"
+    return one_form(statement)
+
+
+def one_form(document: msgspec.Struct) -> bytes:
+    """The one JSON text of a document that is signed, or checked byte by byte."""
+    return msgspec.json.format(msgspec.json.encode(document, order="deterministic"), indent=2) + b"\n"
 
 
 def parse_statement(data: bytes) -> PrivacyStatement:

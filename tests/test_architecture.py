@@ -29,6 +29,7 @@ VERBS = tuple(
         "train",
         "canaries",
         "canary_record",
+        "svg",
         "audit_picture",
         "audit_command",
         "evaluate",

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Final
 
 from fedseek.daemon.database import SharedDatabase, begin_or_check, check_whole
-from fedseek.errors import InvalidPlan, NotNow, WrongKey, WrongRound
+from fedseek.errors import InvalidPlan, NotNow, WrongRound
 from fedseek.identity.roster import Roster, parse_roster
 from fedseek.plan import Plan, plan_from_canonical
-from fedseek_site.people import PlanApproval, check_approval, check_clock
+from fedseek_site.people import MIN_PREFIX, PlanApproval, check_approval, check_clock, counts
 from fedseek_site.policy import Policy
 
 MAX_NOTICED: Final = 64  # plans kept that nobody has approved and no run has used; the oldest make room
-MIN_PREFIX: Final = 12  # hexadecimal digits of a digest that a person has to type
 
 _APPLICATION_ID: Final = 0x46534131  # "FSA1": tells this file from any other SQLite database
 _WHAT: Final = "approvals"
@@ -81,7 +80,7 @@ class Approvals:
             begin_or_check(db, path, _APPLICATION_ID, _SCHEMA, what="a site's approvals of version 1")
             check_whole(db)
 
-        self._file = SharedDatabase(path, begin, what=_WHAT, hint=_hint)
+        self._file = SharedDatabase(path, begin, what=_WHAT)
 
     def close(self) -> None:
         """Close the file; closing twice does nothing more."""
@@ -182,7 +181,7 @@ class Approvals:
                 (plan, roster),
             ).fetchall()
         found = (PlanApproval(plan=plan, roster=roster, person=who, at=at, signature=mark) for who, at, mark in rows)
-        return tuple(approval.person for approval in found if _counts(approval, policy, site))
+        return tuple(approval.person for approval in found if counts(approval, policy, site=site))
 
     # --- runs ---
 
@@ -239,10 +238,6 @@ class Approvals:
         return None if row is None else float(row[0])
 
 
-def _hint(name: str) -> str:
-    return "nothing was changed; look at the disk, and keep the file as it is"
-
-
 _PLANS: Final = (
     "SELECT plans.digest, plans.canonical, rosters.canonical, plans.at FROM plans"
     " JOIN rosters ON rosters.digest = plans.roster"
@@ -256,14 +251,6 @@ def _noticed(row: tuple[str, bytes, bytes, float]) -> Noticed:
 @lru_cache(maxsize=MAX_NOTICED)
 def _plan(canonical: bytes) -> Plan:
     return plan_from_canonical(canonical)  # works out the noise, which takes time
-
-
-def _counts(approval: PlanApproval, policy: Policy, site: str) -> bool:
-    try:
-        check_approval(approval, policy, site=site)
-    except WrongKey:
-        return False
-    return True
 
 
 def _begun(db: sqlite3.Connection, run: str) -> Begun | None:

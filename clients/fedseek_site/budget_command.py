@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from fedseek.daemon.asking import json_option
 from fedseek.errors import Unreachable
-from fedseek_site.people_commands import folder_option
+from fedseek_site.people_commands import ask_daemon, folder_option
 
 if TYPE_CHECKING:  # commands import what they need: a help page should not wait for the accountant
     from fedseek_site.budget import Budget, BudgetAsked
+
+PATIENCE = 600.0  # seconds: many runs of different noise take the accountant a while
 
 
 @click.command(epilog="Example: fedseek-site budget --plan 3f2a9c01b7de --json")
@@ -35,12 +37,12 @@ def budget(folder: Path, as_json: bool, plan: str | None, ended: str | None) -> 
     from fedseek_site.budget import Budget, RunEnded, as_document, describe_budget
 
     if ended is not None:
-        told = _ask(folder, "end_run", RunEnded(run=ended))
+        told = ask_daemon(folder, "end_run", RunEnded(run=ended), timeout=PATIENCE)
         click.echo(json.dumps(told, ensure_ascii=False) if as_json else f"run {ended} trains no more at this site")
         return
     asked = _asked(plan)
     try:
-        shown = msgspec.convert(_ask(folder, "budget", asked), Budget)
+        shown = msgspec.convert(ask_daemon(folder, "budget", asked, timeout=PATIENCE), Budget)
     except Unreachable:
         shown = _read(folder, asked)
     if as_json:
@@ -92,9 +94,3 @@ def _read(folder: Path, asked: BudgetAsked) -> Budget:
     finally:
         approvals.close()
     return budget_of(entries, data, limit_of(load_policy(folder / POLICY_FILE)), planned)
-
-
-def _ask(folder: Path, method: str, question: Any) -> Any:
-    from fedseek_site.local_api import ask, role_for
-
-    return ask(folder / "run", role_for(folder / "run", method), method, question, timeout=600.0)

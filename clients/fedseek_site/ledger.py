@@ -19,7 +19,6 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from threading import RLock
 from typing import Final
@@ -28,10 +27,6 @@ from fedseek.daemon.database import (
     SharedDatabase,
     begin_or_check,
     check_whole,
-    connect,
-    make_private_file,
-    told_as_ours,
-    transaction,
 )
 from fedseek.dp.accounting import PrivacyParams
 from fedseek.errors import AuditBroken, BudgetExceeded, JournalUnusable, WrongRound
@@ -57,7 +52,6 @@ from fedseek_site.ledger_entries import (
 _APPLICATION_ID: Final = 0x46534C31  # "FSL1": tells this file from any other SQLite database
 _WHAT: Final = "privacy ledger"
 _PURPOSE: Final = "privacy-ledger-key"
-_BUSY_SECONDS: Final = 10.0
 _SCHEMA: Final = (
     f"PRAGMA application_id = {_APPLICATION_ID}",
     "CREATE TABLE hash_key (sealed BLOB NOT NULL)",
@@ -361,16 +355,16 @@ def read_ledger(path: Path) -> list[Noted]:
     Raises:
         AuditBroken, CustodyError, JournalUnusable: as :class:`Ledger`.
     """
-    make_private_file(path, what=_WHAT)
-    with (
-        ExitStack() as opened,
-        told_as_ours(path, what=_WHAT, hint=_hint),
-        transaction(connect(path, opened, patience=_BUSY_SECONDS)) as db,
-    ):
-        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            return []  # its owner was killed before it was begun
-        begin_or_check(db, path, _APPLICATION_ID, _SCHEMA, what="a site's privacy ledger of version 1")
-        return _read_checked(db, path)
+    found: list[Noted] = []
+
+    def read(db: sqlite3.Connection) -> None:
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables:  # else its owner was killed before it was begun
+            begin_or_check(db, path, _APPLICATION_ID, _SCHEMA, what="a site's privacy ledger of version 1")
+            found.extend(_read_checked(db, path))
+
+    SharedDatabase(path, read, what=_WHAT, hint=_hint).close()
+    return found
 
 
 def _read_checked(db: sqlite3.Connection, path: Path) -> list[Noted]:

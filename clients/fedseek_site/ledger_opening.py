@@ -7,16 +7,17 @@ sites keep its heads; so a ledger put back from an older copy is found out by th
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from fedseek.daemon.audit import AuditChain
 from fedseek.daemon.audit_reading import Trail, open_record, walk
-from fedseek.errors import AuditBroken, InvalidConfig, NotNow
+from fedseek.errors import AuditBroken
 from fedseek.identity.vault import StorageKey
 from fedseek_site.ledger import Ledger
 from fedseek_site.ledger_entries import Limit
-from fedseek_site.policy import Policy, load_policy
+from fedseek_site.policy import Policy, load_policy, policy_in_force
 
 LEDGER_LINE: Final = "ledger"
 """Kind of the audit lines that name an entry of the ledger."""
@@ -42,10 +43,7 @@ def open_ledger(
     """
 
     def limit() -> Limit:
-        try:
-            return limit_of(load_policy(policy_path))
-        except InvalidConfig as error:  # somebody is at work on the file: no reason to end a run of all sites
-            raise NotNow(site, "policy: this site's policy cannot be used", hint=str(error)) from error
+        return limit_of(policy_in_force(partial(load_policy, policy_path), site=site))
 
     ledger = Ledger(path, key, dataset=dataset, limit=limit)
     with ExitStack() as undo:

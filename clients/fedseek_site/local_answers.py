@@ -7,7 +7,6 @@ and signs those.
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
@@ -20,6 +19,7 @@ from fedseek_site.budget import BudgetAsked, Planned, RunEnded, as_document, bud
 from fedseek_site.ledger_opening import limit_of
 from fedseek_site.local_api import Json, LocalApi, PlanAsked, RecordAccepted, Withdrawal
 from fedseek_site.local_releases import (
+    as_time,
     local_approve_release,
     local_release,
     local_releases,
@@ -94,7 +94,7 @@ def answer_from(
 def local_status(permission: Permission) -> dict[str, Any]:
     """Whether this site takes part now, and if not, why."""
     paused = permission.approvals.paused_at()
-    told: dict[str, Any] = {"site": permission.site, "paused_since": None if paused is None else _as_time(paused)}
+    told: dict[str, Any] = {"site": permission.site, "paused_since": None if paused is None else as_time(paused)}
     try:
         policy = permission.policy()
     except InvalidConfig as error:
@@ -125,7 +125,7 @@ def local_plan(permission: Permission, asked: PlanAsked) -> dict[str, Any]:
         site=permission.site,
         plan=noticed.plan.canonical(),
         roster=noticed.roster.canonical_bytes(),
-        at=_as_time(noticed.at),
+        at=as_time(noticed.at),
         status=status,
         rule=rule,
         approved_by=_approved_by(permission, noticed),
@@ -204,7 +204,7 @@ def _line(permission: Permission, noticed: Noticed) -> dict[str, Any]:
         "roster": noticed.roster.digest().hex(),
         "num_sites": len(names),
         "sites": list(names[:NAMES_LISTED]),
-        "at": _as_time(noticed.at),
+        "at": as_time(noticed.at),
         "status": status,
         "rule": rule,
         "approved_by": _approved_by(permission, noticed),
@@ -219,7 +219,3 @@ def _approved_by(permission: Permission, noticed: Noticed) -> list[str]:
         return []
     digest = noticed.roster.digest().hex()
     return list(permission.approvals.standing(noticed.plan.digest, digest, policy, site=permission.site))
-
-
-def _as_time(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")

@@ -28,11 +28,11 @@ import msgspec
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from fedseek.daemon.audit_lines import Recorder
 from fedseek.errors import FedseekError, InvalidConfig, LocalRefused, Malformed, Unreachable
 from fedseek.identity.roster import MAX_NAME_CHARS
 from fedseek_site.budget import BudgetAsked, RunEnded
 from fedseek_site.people import PersonName, PlanApproval, PlanDigest, ReleaseApproval, ReleaseDigest
-from fedseek_site.permission import Record
 from fedseek_site.socket_service import bind_private, free_place, grpc_address
 
 Role = Literal["operator", "steward", "officer"]
@@ -156,7 +156,7 @@ def rpc_name(method: str) -> str:
 
 
 def serve_local(
-    api: LocalApi, run_folder: Path, *, record: Record, groups: Mapping[Role, str] | None = None
+    api: LocalApi, run_folder: Path, *, record: Recorder, groups: Mapping[Role, str] | None = None
 ) -> Callable[[float], None]:
     """Serve the three sockets, in threads of their own. Returns what stops them, given seconds of grace.
 
@@ -227,7 +227,7 @@ def role_for(run_folder: Path, method: str) -> Role:
 class _Counter:
     """Where the people of one role are answered."""
 
-    def __init__(self, api: LocalApi, role: Role, record: Record) -> None:
+    def __init__(self, api: LocalApi, role: Role, record: Recorder) -> None:
         self._api, self._role, self._record = api, role, record
         self._turn = Lock()
         self._told: Json = {}

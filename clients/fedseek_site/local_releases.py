@@ -56,7 +56,7 @@ def local_release(permission: ReleasePermission, asked: ReleaseAsked) -> dict[st
         plan=release.plan,
         digests=dict(release.digests),
         statement=release.statement,
-        at=_as_time(release.at),
+        at=as_time(release.at),
         status=status,
         rule=rule,
         approved_by=list(permission.approved_by(release)),
@@ -107,12 +107,13 @@ def _line(permission: ReleasePermission, release: AnnouncedRelease) -> dict[str,
         "digest": release.digest,
         "run": release.run,
         "plan": release.plan,
-        "at": _as_time(release.at),
+        "at": as_time(release.at),
         "status": status,
         "rule": rule,
         "approved_by": list(permission.approved_by(release)),
     }
 
 
-def _as_time(at: float) -> str:
+def as_time(at: float) -> str:
+    """Unix seconds as people read them, in UTC."""
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")

@@ -41,6 +41,7 @@ from fedseek.identity.vault import MIN_PASSPHRASE_CHARS
 from fedseek_site.policy import OFFICER, Policy
 
 MAX_KEY_FILE_BYTES: Final = 4096
+MIN_PREFIX: Final = 12  # hexadecimal digits of a digest that a person has to type
 MAX_CLOCK_SKEW: Final = 300  # seconds that an officer's clock may be ahead of the daemon's
 
 _LAST_SECOND: Final = 253_402_300_799  # of the year 9999
@@ -99,18 +100,6 @@ def sign_approval(key: Ed25519PrivateKey, plan: str, roster: str, *, site: str, 
     return PlanApproval(plan=plan, roster=roster, person=person, at=at, signature=signature)
 
 
-def check_approval(approval: PlanApproval, policy: Policy, *, site: str) -> None:
-    """Does this count, by the policy as it is now?
-
-    Raises:
-        WrongKey: the person is not in the policy or is no privacy officer, or the signature is not theirs, or it is over
-            another plan, roster, site or time.
-    """
-    key = _officers_key(policy, approval.person)
-    message = approval_message(approval.plan, approval.roster, site=site, person=approval.person, at=approval.at)
-    verify_with(key, CONTEXT_APPROVAL, message, approval.signature, who=repr(approval.person))
-
-
 def release_approval_message(release: str, *, site: str, person: str, at: int) -> bytes:
     """What is signed: the release, the site that would sign it, who says it and when."""
     return join_fields(release.encode(), site.encode(), person.encode(), at.to_bytes(8, "big"))
@@ -123,16 +112,31 @@ def sign_release_approval(key: Ed25519PrivateKey, release: str, *, site: str, pe
     return ReleaseApproval(release=release, person=person, at=at, signature=signature)
 
 
-def check_release_approval(approval: ReleaseApproval, policy: Policy, *, site: str) -> None:
+def check_approval(approval: PlanApproval | ReleaseApproval, policy: Policy, *, site: str) -> None:
     """Does this count, by the policy as it is now?
 
     Raises:
         WrongKey: the person is not in the policy or is no privacy officer, or the signature is not theirs, or it is over
-            another release, site or time, or over a plan.
+            another plan, roster, release, site or time; a plan's is none of a release, and the other way round.
     """
-    key = _officers_key(policy, approval.person)
-    message = release_approval_message(approval.release, site=site, person=approval.person, at=approval.at)
-    verify_with(key, CONTEXT_RELEASE_APPROVAL, message, approval.signature, who=repr(approval.person))
+    person, at = approval.person, approval.at
+    key = _officers_key(policy, person)
+    if isinstance(approval, PlanApproval):
+        message = approval_message(approval.plan, approval.roster, site=site, person=person, at=at)
+        context = CONTEXT_APPROVAL
+    else:
+        message = release_approval_message(approval.release, site=site, person=person, at=at)
+        context = CONTEXT_RELEASE_APPROVAL
+    verify_with(key, context, message, approval.signature, who=repr(person))
+
+
+def counts(approval: PlanApproval | ReleaseApproval, policy: Policy, *, site: str) -> bool:
+    """Whether :func:`check_approval` has nothing against it."""
+    try:
+        check_approval(approval, policy, site=site)
+    except WrongKey:
+        return False
+    return True
 
 
 def _officers_key(policy: Policy, name: str) -> bytes:

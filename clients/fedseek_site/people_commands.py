@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # commands import what they need: a help page should not wait
     from fedseek_site.local_releases import ReleaseShown
 
 PASSPHRASE_VARIABLE = "FEDSEEK_PERSON_PASSPHRASE"  # noqa: S105 -- its name, not a secret
-MIN_PREFIX = 12  # hexadecimal digits of a digest; a shorter one names nothing
 
 folder_option = click.option(  # people may pass through the folder to its sockets, and not look around in it
     "--folder",
@@ -44,7 +43,7 @@ language_option = click.option(
 @json_option
 def status(folder: Path, as_json: bool) -> None:
     """Whether this site takes part now, and if not, why."""
-    _show(_ask(folder, "status"), as_json)
+    _show(ask_daemon(folder, "status"), as_json)
 
 
 @click.command(epilog="Example: fedseek-site plans")
@@ -56,14 +55,12 @@ def plans(folder: Path, as_json: bool, digest: str | None) -> None:
     if digest is not None:
         _show_plan(folder, digest, as_json)
         return
-    told = _ask(folder, "plans")
+    told = ask_daemon(folder, "plans")
     if as_json:
         click.echo(json.dumps(told, ensure_ascii=False))
         return
     for line in told["plans"] or ():
-        by = f", approved by {', '.join(line['approved_by'])}" if line["approved_by"] else ""
-        why = f" ({line['rule']})" if line["rule"] else ""
-        click.echo(f"{line['digest'][:16]}  {line['name']}  {line['num_sites']} sites  {line['status']}{why}{by}")
+        click.echo(f"{line['digest'][:16]}  {line['name']}  {line['num_sites']} sites  {_stands(line)}")
     if not told["plans"]:
         click.echo("no plan was announced to this site")
 
@@ -80,14 +77,12 @@ def releases(folder: Path, as_json: bool, language: str, digest: str | None) -> 
             raise click.UsageError(f"no release drafted here begins with {digest!r}")
         _show_release(shown, language, as_json=as_json)
         return
-    told = _ask(folder, "releases")
+    told = ask_daemon(folder, "releases")
     if as_json:
         click.echo(json.dumps(told, ensure_ascii=False))
         return
     for line in told["releases"]:
-        by = f", approved by {', '.join(line['approved_by'])}" if line["approved_by"] else ""
-        why = f" ({line['rule']})" if line["rule"] else ""
-        click.echo(f"{line['digest'][:16]}  run {line['run']}  {line['status']}{why}{by}")
+        click.echo(f"{line['digest'][:16]}  run {line['run']}  {_stands(line)}")
     if not told["releases"]:
         click.echo("this site has drafted no release")
 
@@ -125,7 +120,7 @@ def approve(folder: Path, as_json: bool, language: str, digest: str, person: str
     signed = sign_approval(
         _person_key(key_file), plan.digest, roster.digest().hex(), site=shown.site, person=person, at=int(time.time())
     )
-    _show(_ask(folder, "approve", signed), as_json)
+    _show(ask_daemon(folder, "approve", signed), as_json)
 
 
 @click.command(epilog='Example: fedseek-site withdraw 3f2a9c01b7de --person "张伟"')
@@ -142,10 +137,10 @@ def withdraw(folder: Path, as_json: bool, digest: str, person: str) -> None:
 
     if (release := _release(folder, digest)) is not None:
         asked = ReleaseWithdrawal(release=release.digest, person=person)
-        _show(_ask(folder, "withdraw_release", asked), as_json)
+        _show(ask_daemon(folder, "withdraw_release", asked), as_json)
         return
     _, plan, _ = _plan(folder, digest)
-    _show(_ask(folder, "withdraw", Withdrawal(plan=plan.digest, person=person)), as_json)
+    _show(ask_daemon(folder, "withdraw", Withdrawal(plan=plan.digest, person=person)), as_json)
 
 
 @click.command("accept-record", epilog='Example: fedseek-site accept-record coordinator --why "disk lost on 3 May"')
@@ -160,7 +155,7 @@ def accept_record(folder: Path, as_json: bool, name: str, why: str) -> None:
     """
     from fedseek_site.local_api import RecordAccepted
 
-    _show(_ask(folder, "accept_record", RecordAccepted(name=name, why=why)), as_json)
+    _show(ask_daemon(folder, "accept_record", RecordAccepted(name=name, why=why)), as_json)
 
 
 @click.command(epilog="Example: fedseek-site pause")
@@ -168,7 +163,7 @@ def accept_record(folder: Path, as_json: bool, name: str, why: str) -> None:
 @json_option
 def pause(folder: Path, as_json: bool) -> None:
     """Take part in nothing new until `resume`, also after a restart. For an operator."""
-    _show(_ask(folder, "pause"), as_json)
+    _show(ask_daemon(folder, "pause"), as_json)
 
 
 @click.command(epilog="Example: fedseek-site resume")
@@ -176,7 +171,7 @@ def pause(folder: Path, as_json: bool) -> None:
 @json_option
 def resume(folder: Path, as_json: bool) -> None:
     """Take part again. For an operator."""
-    _show(_ask(folder, "resume"), as_json)
+    _show(ask_daemon(folder, "resume"), as_json)
 
 
 @click.command(epilog="Example: fedseek-site data --reload")
@@ -185,7 +180,7 @@ def resume(folder: Path, as_json: bool) -> None:
 @click.option("--reload", is_flag=True, help="Read the files again first.")
 def data(folder: Path, as_json: bool, reload: bool) -> None:
     """The data set: name, counts, fingerprint. For a data steward."""
-    _show(_ask(folder, "reload_data", timeout=3600.0) if reload else _ask(folder, "data"), as_json)
+    _show(ask_daemon(folder, "reload_data", timeout=3600.0) if reload else ask_daemon(folder, "data"), as_json)
 
 
 @click.command(epilog='Example: fedseek-site person "张伟" --role "privacy officer" --key officer.pem')
@@ -268,11 +263,19 @@ COMMANDS: tuple[click.Command, ...] = (
 )
 
 
-def _ask(folder: Path, method: str, question: msgspec.Struct | None = None, *, timeout: float = 60.0) -> Any:
+def ask_daemon(folder: Path, method: str, question: msgspec.Struct | None = None, *, timeout: float = 60.0) -> Any:
+    """What the daemon of this folder answers, over the socket of a role that may ask."""
     from fedseek_site.local_api import ask, role_for
 
     run_folder = folder / "run"
     return ask(run_folder, role_for(run_folder, method), method, question, timeout=timeout)
+
+
+def _stands(line: Mapping[str, Any]) -> str:
+    """Where a plan or a release stands: its status, the rule that decides, and who has approved."""
+    by = f", approved by {', '.join(line['approved_by'])}" if line["approved_by"] else ""
+    why = f" ({line['rule']})" if line["rule"] else ""
+    return f"{line['status']}{why}{by}"
 
 
 def _plan(folder: Path, digest: str) -> tuple[Any, Plan, Roster]:
@@ -285,7 +288,7 @@ def _plan(folder: Path, digest: str) -> tuple[Any, Plan, Roster]:
     except msgspec.ValidationError:
         raise click.UsageError(f"got {digest!r}, wanted the first 12 or more hexadecimal digits of a digest") from None
     try:
-        shown = msgspec.convert(_ask(folder, "plan", asked), PlanShown)
+        shown = msgspec.convert(ask_daemon(folder, "plan", asked), PlanShown)
     except msgspec.ValidationError as error:
         raise Malformed(f"the daemon shows a plan in another form: {error}", hint="install the same release") from None
     plan, roster = shown.open()
@@ -300,15 +303,17 @@ def _release(folder: Path, digest: str) -> ReleaseShown | None:
     from fedseek_site.local_releases import read_shown
 
     prefix = digest.lower()
-    if len(prefix) < MIN_PREFIX:
-        return None
-    found = [line["digest"] for line in _ask(folder, "releases")["releases"] if line["digest"].startswith(prefix)]
+    try:
+        msgspec.convert({"release": prefix}, ReleaseAsked)
+    except msgspec.ValidationError:
+        return None  # too short, or no digits of a digest
+    found = [line["digest"] for line in ask_daemon(folder, "releases")["releases"] if line["digest"].startswith(prefix)]
     if not found:
         return None
-    known = [line["digest"] for line in _ask(folder, "plans")["plans"] if line["digest"].startswith(prefix)]
+    known = [line["digest"] for line in ask_daemon(folder, "plans")["plans"] if line["digest"].startswith(prefix)]
     if len({*found, *known}) > 1:
         raise click.UsageError(f"{digest!r} begins several digests, of plans or releases; wanted more of it")
-    return read_shown(_ask(folder, "release", ReleaseAsked(release=found[0])), prefix)
+    return read_shown(ask_daemon(folder, "release", ReleaseAsked(release=found[0])), prefix)
 
 
 def _show_release(shown: ReleaseShown, language: str, *, as_json: bool = False, err: bool = False) -> None:
@@ -335,7 +340,7 @@ def _approve_release(
         click.confirm(asked, abort=True, err=as_json)
     key, at = _person_key(key_file), int(time.time())
     signed = sign_release_approval(key, shown.digest, site=shown.site, person=person, at=at)
-    _show(_ask(folder, "approve_release", signed), as_json)
+    _show(ask_daemon(folder, "approve_release", signed), as_json)
 
 
 def _show_plan(folder: Path, digest: str, as_json: bool) -> None:

@@ -16,27 +16,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from fedseek.daemon.audit_lines import COORDINATOR
+from fedseek.daemon.audit_lines import COORDINATOR, Recorder
 from fedseek.errors import InvalidConfig, NotNow, PlanRefused
 from fedseek.identity.roster import Roster
 from fedseek.plan import Plan
 from fedseek_site.approvals import Approvals, Begun
 from fedseek_site.ledger import Ledger
 from fedseek_site.people import PlanApproval
-from fedseek_site.policy import Policy, check_hours, check_policy, load_policy
+from fedseek_site.policy import Policy, check_hours, check_policy, load_policy, policy_in_force
 from fedseek_site.release_approvals import ReleaseApprovals
 from fedseek_site.release_permission import ReleasePermission
 
 Status = Literal["ready", "waiting", "refused"]
-
-
-class Record(Protocol):
-    """Writes a line of the site's audit chain, its kind and its facts; raises where it cannot."""
-
-    def __call__(self, kind: str, /, **facts: Any) -> object:
-        """Write it."""
 
 
 class Permission:
@@ -62,7 +55,7 @@ class Permission:
         release_approvals: ReleaseApprovals,
         ledger: Ledger,
         dataset: str,
-        record: Record,
+        record: Recorder,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.site = site
@@ -115,7 +108,7 @@ class Permission:
             run: its name, where it has one: a run that began here is not judged again by what it spends itself.
         """
         try:
-            policy = self._policy(PlanRefused)
+            policy = policy_in_force(self.policy, site=self.site, refusal=PlanRefused)
             if self.approvals.begun(run) != Begun(plan.digest, roster.digest().hex()):
                 self._check_plan(policy, plan, roster, run=run)
             self._check_time(policy)
@@ -179,7 +172,7 @@ class Permission:
             return
         if began is not None:
             raise PlanRefused(self.site, "the run began at this site with another plan or roster")
-        policy = self._policy(PlanRefused)
+        policy = policy_in_force(self.policy, site=self.site, refusal=PlanRefused)
         self._check_plan(policy, plan, roster, run=run)
         self.approvals.notice(plan, roster, self._clock())
         self._check_time(policy)
@@ -189,15 +182,9 @@ class Permission:
         self.approvals.admit(run, plan, roster, dataset=self.dataset, at=self._clock())
 
     def _go_on(self, plan: Plan, roster: Roster) -> None:
-        policy = self._policy(NotNow)  # somebody is at work on the file: no reason to end a run of all sites
+        policy = policy_in_force(self.policy, site=self.site)
         self._check_time(policy)
         self._check_approved(policy, plan, roster)
-
-    def _policy(self, refusal: type[PlanRefused] | type[NotNow]) -> Policy:
-        try:
-            return self.policy()
-        except InvalidConfig as error:
-            raise refusal(self.site, "policy: this site's policy cannot be used", hint=str(error)) from error
 
     def _check_plan(self, policy: Policy, plan: Plan, roster: Roster, *, run: str) -> None:
         total = self.ledger.total_after(

@@ -17,7 +17,7 @@ import binascii
 import hashlib
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -194,6 +194,21 @@ def load_policy(path: Path) -> Policy:
     if problems:
         raise InvalidConfig(problems, source=str(path))
     return policy
+
+
+def policy_in_force(
+    read: Callable[[], Policy], *, site: str, refusal: type[PlanRefused] | type[NotNow] = NotNow
+) -> Policy:
+    """The policy of the moment, for a decision: one that cannot be read permits nothing.
+
+    Raises:
+        PlanRefused, NotNow: ``refusal``, where ``read`` raises InvalidConfig. NotNow unless said otherwise: somebody may
+            be at work on the file, which is no reason to end a run of all sites.
+    """
+    try:
+        return read()
+    except InvalidConfig as error:
+        raise refusal(site, "policy: this site's policy cannot be used", hint=str(error)) from error
 
 
 def check_policy(policy: Policy, plan: Plan, roster: Roster, *, site: str, total_epsilon_after: float) -> None:

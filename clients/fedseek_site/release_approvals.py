@@ -20,13 +20,12 @@ from typing import Final
 import msgspec
 
 from fedseek.daemon.database import SharedDatabase, begin_or_check, check_whole
-from fedseek.errors import Malformed, NotNow, ReleaseRefused, WrongKey
+from fedseek.errors import Malformed, NotNow, ReleaseRefused
 from fedseek.messages import release_message
-from fedseek_site.people import ReleaseApproval, check_clock, check_release_approval
+from fedseek_site.people import MIN_PREFIX, ReleaseApproval, check_approval, check_clock, counts
 from fedseek_site.policy import Policy
 
 MAX_ANNOUNCED: Final = 16  # releases of one run that nobody has approved; the oldest make room
-MIN_PREFIX: Final = 12  # hexadecimal digits of a digest that a person has to type
 
 _APPLICATION_ID: Final = 0x46535031  # "FSP1": tells this file from any other SQLite database
 _WHAT: Final = "approvals of releases"
@@ -93,7 +92,7 @@ class ReleaseApprovals:
             begin_or_check(db, path, _APPLICATION_ID, _SCHEMA, what="a site's approvals of releases of version 1")
             check_whole(db)
 
-        self._file = SharedDatabase(path, begin, what=_WHAT, hint=_hint)
+        self._file = SharedDatabase(path, begin, what=_WHAT)
 
     def close(self) -> None:
         """Close the file; closing twice does nothing more."""
@@ -162,10 +161,10 @@ class ReleaseApprovals:
 
         Raises:
             Malformed: no such release was announced.
-            WrongKey: it does not count: see :func:`fedseek_site.people.check_release_approval`.
+            WrongKey: it does not count: see :func:`fedseek_site.people.check_approval`.
             NotNow: it was withdrawn, and this one is not newer; or it is signed in the future.
         """
-        check_release_approval(approval, policy, site=site)
+        check_approval(approval, policy, site=site)
         check_clock(approval, site=site, now=now)
         key = (approval.release, approval.person)
         with self._file.transaction() as db:
@@ -218,10 +217,6 @@ class ReleaseApprovals:
         return names
 
 
-def _hint(name: str) -> str:
-    return "nothing was changed; look at the disk, and keep the file as it is"
-
-
 def _announced(row: tuple[str, str, str, bytes, bytes, float, float | None]) -> AnnouncedRelease:
     digest, run, plan, digests, statement, at, let_go_at = row
     return AnnouncedRelease(digest, run, plan, _DIGESTS.decode(digests), statement, at, let_go_at)
@@ -233,12 +228,4 @@ def _standing(db: sqlite3.Connection, release: str, policy: Policy, site: str) -
         (release,),
     ).fetchall()
     found = (ReleaseApproval(release=release, person=who, at=at, signature=mark) for who, at, mark in rows)
-    return tuple(approval.person for approval in found if _counts(approval, policy, site))
-
-
-def _counts(approval: ReleaseApproval, policy: Policy, site: str) -> bool:
-    try:
-        check_release_approval(approval, policy, site=site)
-    except WrongKey:
-        return False
-    return True
+    return tuple(approval.person for approval in found if counts(approval, policy, site=site))

@@ -13,16 +13,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
-from fedseek.daemon.audit_lines import COORDINATOR
-from fedseek.errors import InvalidConfig, NotNow
+from fedseek.daemon.audit_lines import COORDINATOR, Recorder
+from fedseek.errors import NotNow
 from fedseek_site.people import ReleaseApproval
-from fedseek_site.policy import Policy
+from fedseek_site.policy import Policy, policy_in_force
 from fedseek_site.release_approvals import AnnouncedRelease, ReleaseApprovals
-
-if TYPE_CHECKING:  # permission.py makes one of these
-    from fedseek_site.permission import Record
 
 Status = Literal["ready", "waiting", "released"]
 
@@ -63,7 +60,7 @@ class ReleasePermission:
         site: str,
         policy: Callable[[], Policy],
         approvals: ReleaseApprovals,
-        record: Record,
+        record: Recorder,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.site = site
@@ -105,7 +102,7 @@ class ReleasePermission:
         if release.let_go_at is not None:
             return "released", ""
         try:
-            policy = self._policy()
+            policy = policy_in_force(self._policy_now, site=self.site)
         except NotNow as error:
             return "waiting", error.rule
         missing = self._missing(policy, self.approvals.standing(release.digest, policy, site=self.site))
@@ -114,7 +111,9 @@ class ReleasePermission:
     def approved_by(self, release: AnnouncedRelease) -> tuple[str, ...]:
         """Whose approvals count now."""
         try:
-            return self.approvals.standing(release.digest, self._policy(), site=self.site)
+            return self.approvals.standing(
+                release.digest, policy_in_force(self._policy_now, site=self.site), site=self.site
+            )
         except NotNow:
             return ()
 
@@ -139,7 +138,7 @@ class ReleasePermission:
         return withdrawn
 
     def _check(self, release: AnnouncedRelease, count: Callable[..., tuple[str, ...]]) -> None:
-        policy = self._policy()
+        policy = policy_in_force(self._policy_now, site=self.site)
         if missing := self._missing(policy, count(release.digest, policy, site=self.site)):
             self._tell("release-put-off", release, rule=missing)
             raise NotNow(self.site, missing, hint=f"fedseek-site approve {release.digest[:12]}")
@@ -151,12 +150,6 @@ class ReleasePermission:
         """The rule that is not met; empty if enough have approved."""
         wanted = policy.approval.releases
         return "" if len(standing) >= wanted else f"approval.releases: {len(standing)} of {wanted} people have approved"
-
-    def _policy(self) -> Policy:
-        try:
-            return self._policy_now()
-        except InvalidConfig as error:
-            raise NotNow(self.site, "policy: this site's policy cannot be used", hint=str(error)) from error
 
     def _tell(self, kind: str, release: AnnouncedRelease, *, rule: str) -> None:
         """To the audit chain. A coordinator that asks the same again and again does not fill it."""

@@ -36,9 +36,9 @@ from fedseek.statement_words import LANGUAGES
 from fedseek_site.canary_audit import audit_outcome
 from fedseek_site.run import SiteRun
 from fedseek_site.state import SiteState
-from fedseek_site.sums import Applied, apply_previous, read_sum, remember, take_group_keys
+from fedseek_site.sums import apply_previous, read_sum, remember, take_group_keys
 from fedseek_site.training import evaluate_weights, spend_of
-from fedseek_site.weights import digests_of, load_weights, to_values
+from fedseek_site.weights import load_weights, to_values
 
 STATEMENT_FILE: Final = "privacy.json"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}")
@@ -116,12 +116,12 @@ def draft_release(run: SiteRun, state: SiteState, request: ReleaseRequest) -> Dr
     figure = _final_figure(run, state, keys, request.metrics, scopes=applied.scopes)
     load_weights(run.model, applied.scopes)
     adapter = {CONFIG_FILE: released_config(run.plan), WEIGHTS_FILE: adapter_weights(run.model)}
-    outcome = _outcome(run, state, applied, adapter, figure)
+    after = remember(run, state, applied)
+    outcome = _outcome(run, after, applied.scopes, adapter, figure)
     statement = privacy_statement(run.plan, outcome, checks=check_release(run.plan, outcome))
     document = statement_bytes(statement)
     heads = head_files(run.model, kind=run.identity.kind, labels=run.plan.spec.kinds[run.identity.kind].labels)
     told = _pages(run.plan, statement, figure)
-    after = remember(run, state, applied)
     return Draft(
         run=run.name,
         statement=document,
@@ -184,8 +184,9 @@ class _Figure:
 
 
 def _outcome(
-    run: SiteRun, state: SiteState, applied: Applied, adapter: Mapping[str, bytes], figure: _Figure
+    run: SiteRun, state: SiteState, scopes: Mapping[str, ScopeState], adapter: Mapping[str, bytes], figure: _Figure
 ) -> Outcome:
+    """``state`` and ``scopes`` once all sums are applied."""
     roster = run.federation.roster
     return Outcome(
         run=run.name,
@@ -193,13 +194,13 @@ def _outcome(
         site=run.me,
         kind=run.identity.kind,
         files={name: hashlib.sha256(data).hexdigest() for name, data in adapter.items()},
-        digests=digests_of(applied.scopes, run.shared),
-        contributors=run.federation.names(applied.contributors),
+        digests=state.digests,
+        contributors=run.federation.names(state.contributors),
         steps=state.steps_done,
         spend=spend_of(run, state.steps_accounted),
         steps_spent=run.steps_spent((run.name, *state.earlier_runs)),
         guards_passed=state.guards_passed,
-        audit=_audit(run, remember(run, state, applied), applied.scopes),
+        audit=_audit(run, state, scopes),
         utility=figure.utility if figure.is_whole else None,
         largest_value=largest_value(read_adapter(adapter[WEIGHTS_FILE])),
     )

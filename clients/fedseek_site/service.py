@@ -227,7 +227,8 @@ class SiteService:
         self._journal.record(step, request, answer, after.to_bytes())
         self._held = run, after
         self._standing = standing_of(run.me, run.name, after)
-        self._ledger.end_earlier(run.name)  # this site is in one run at a time, and in none that it has left
+        if step.phase == "plan":  # the first step of a run: this site is in one at a time, and in none that it has left
+            self._ledger.end_earlier(run.name)
         if after.released or after.stopped:
             self._ledger.end(run.name)
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Protocol, TypeVar
 
 import msgspec
 
@@ -70,6 +70,13 @@ class AuditLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     detail: dict[str, Any]
     previous: Hex32
     signature: Hex64
+
+
+class Recorder(Protocol):
+    """Writes a line of an audit chain, its kind and its facts; raises where it cannot."""
+
+    def __call__(self, kind: str, /, **facts: Any) -> object:
+        """Write it."""
 
 
 class AuditHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

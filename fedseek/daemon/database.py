@@ -133,6 +133,11 @@ def transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
             db.execute("ROLLBACK")
 
 
+def nothing_was_changed(name: str) -> str:
+    """What to do about any error of a file that only its own process writes."""
+    return "nothing was changed; look at the disk, and keep the file as it is"
+
+
 class SharedDatabase:
     """A private file that the threads of one process share, a transaction at a time.
 
@@ -154,7 +159,7 @@ class SharedDatabase:
         begin: Callable[[sqlite3.Connection], None],
         *,
         what: str,
-        hint: Callable[[str], str],
+        hint: Callable[[str], str] = nothing_was_changed,
         patience: float = 10.0,
     ) -> None:
         self.path, self._what, self._hint = path, what, hint

@@ -35,6 +35,7 @@ from typing import Final
 from fedseek.errors import UnsupportedMechanism
 
 NEIGHBORING_RELATION: Final = "ZERO_OUT_ONE"
+MECHANISM: Final = "distributed discrete Gaussian: each site's update clipped, rounded, and noised with its share"
 
 MAX_VALUES: Final = 1 << 32
 """Most values of one update over all its scopes; tails and divergence are bounded for so many, whatever the model."""
@@ -91,11 +92,6 @@ class SiteLevelParams:
     def value_range(self) -> float:
         """The quantiser's C: the same in all scopes and rounds, since it follows from the plan alone."""
         return self.grid * self.levels
-
-    @property
-    def mechanism(self) -> str:
-        """In words, for a statement."""
-        return "distributed discrete Gaussian: each site's update clipped, rounded, and noised with its share"
 
     def noise_std(self, variance: int, contributors: int) -> float:
         """Standard deviation of the noise in a value of a mean over so many sites, in units of the update."""
