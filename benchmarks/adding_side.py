@@ -1,24 +1,17 @@
 """The adding side: the coordinator's half of each scheme, in a process of its own, fed one message at a time.
 
-A process of its own, so that its memory can be compared between cohorts and between schemes. Messages go through a
-file: a pipe would put its own buffers into that memory. Nothing here imports what could decrypt.
+A process of its own (``party``), so that its memory can be compared between cohorts and between schemes. Nothing here
+imports what could decrypt.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
-import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+from party import Steps
 
 from fedseek.aggregate import Aggregate, agg_finish, agg_init, agg_update
 from fedseek.cohort import Federation, RoundGraph, round_graph
@@ -43,71 +36,6 @@ from fedseek.plan import GLOBAL_SCOPE, plan_from_canonical
 from fedseek.unmask import RoundRecord, check_revealed, unmask_sum
 
 RUN, ROUND, EPOCH = "基准-1", 1, 0
-
-Steps = Mapping[str, Callable[[bytes], bytes]]
-
-
-def peak_rss_mb() -> float:
-    """Peak memory of this process alone; ru_maxrss would also count what a parent had when it started us."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-class AddingSide:
-    """The coordinator's process, seen from the sites.
-
-    Attributes:
-        seconds: CPU seconds of each call, by step.
-        idle_mb: its peak memory before the first message.
-        peak_mb: its peak memory so far.
-    """
-
-    def __init__(self, start: Callable[..., Steps], *arguments: object) -> None:
-        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
-        self._folder = tempfile.TemporaryDirectory()
-        self._pipe, far = multiprocessing.Pipe()
-        work = (far, Path(self._folder.name), start, arguments)
-        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=work)
-        self._process.start()
-        far.close()
-        self.idle_mb = self.peak_mb = self._pipe.recv()
-
-    def ask(self, step: str, message: bytes = b"") -> bytes:
-        """Have one step done; returns its answer. EOFError: the process died, its traceback is on stderr."""
-        Path(self._folder.name, "asked").write_bytes(message)
-        self._pipe.send(step)
-        seconds, self.peak_mb = self._pipe.recv()
-        self.seconds[step].append(seconds)
-        return Path(self._folder.name, "answer").read_bytes()
-
-    def __enter__(self) -> AddingSide:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pipe.close()  # which ends the process
-        self._process.join()
-        self._folder.cleanup()
-
-
-def serve(pipe: Connection, folder: Path, start: Callable[..., Steps], arguments: tuple[Any, ...]) -> None:
-    """The process: one step at a time, nothing of a message kept but what the scheme keeps."""
-    steps = start(*arguments)
-    pipe.send(peak_rss_mb())
-    while True:
-        try:
-            step = pipe.recv()
-        except EOFError:
-            return
-        message = (folder / "asked").read_bytes()
-        started = time.process_time()
-        answer = steps[step](message)
-        seconds = time.process_time() - started
-        (folder / "answer").write_bytes(answer)
-        pipe.send((seconds, peak_rss_mb()))
 
 
 def start_plain(num_values: int) -> Steps:

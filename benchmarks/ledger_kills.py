@@ -32,7 +32,7 @@ from pathlib import Path
 from fedseek.dp.accounting import PrivacyParams
 from fedseek.identity.vault import StorageKey
 from fedseek_site.ledger import Ledger, read_ledger
-from fedseek_site.ledger_entries import DataTaken, Noted, Reserved, Spent
+from fedseek_site.ledger_entries import DataTaken, Mechanism, Noted, Reserved, Spent
 
 PARAMS = PrivacyParams(noise_multiplier=1.1, sampling_probability=0.15, delta=1e-5, l2_clip_norm=1.0)
 STEPS = 5
@@ -73,7 +73,7 @@ def spend_until_killed(path: Path, key: StorageKey, trial: int, first: int, pipe
     number = first
     while True:
         run = f"run-{number // ROUNDS_A_RUN}"
-        ledger.reserve(run, PARAMS, ROUNDS_A_RUN * STEPS, plan="ab" * 32, unit="customer")
+        ledger.reserve(run, [(Mechanism.of(PARAMS), ROUNDS_A_RUN * STEPS)], plan="ab" * 32, unit="customer")
         ledger.end_earlier(run)
         entered = ledger.spend(run, number % ROUNDS_A_RUN, PARAMS, STEPS)
         os.write(pipe, CONFIRMATION.pack(number, entered.number, entered.digest))

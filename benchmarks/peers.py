@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
-from adding_side import AddingSide, start_ckks, start_plain
+from adding_side import start_ckks, start_plain
+from party import Party
 from workload import RECEIVERS, Stopwatch, Truth, Workload
 
 # TenSEAL, tutorials "Working with approximate numbers" and "Encrypted evaluation": degree 8192, primes of 60, 40, 40
@@ -20,7 +21,7 @@ def measure_plain(workload: Workload) -> dict[str, object]:
     """float32 in the clear, unweighted as in the simplest peer: the price of no lock at all."""
     watch, truth, total = Stopwatch(), Truth.empty(workload), np.zeros(workload.values, dtype=np.float32)
     up_bytes = 0
-    with AddingSide(start_plain, workload.values) as adding:
+    with Party(start_plain, workload.values) as adding:
         for site in workload.present:
             vector, _ = workload.update(site)
             with watch("up", site):
@@ -49,7 +50,7 @@ def measure_ckks(workload: Workload) -> dict[str, object]:
     context.global_scale = CKKS_SCALE
     public = context.serialize(save_secret_key=False, save_galois_keys=False, save_relin_keys=False)
     watch, truth, up_bytes = Stopwatch(), Truth.empty(workload), 0
-    with AddingSide(start_ckks, public) as adding:
+    with Party(start_ckks, public) as adding:
         for site in workload.present:
             vector, _ = workload.update(site)
             with watch("up", site):
@@ -75,7 +76,7 @@ def measure_ckks(workload: Workload) -> dict[str, object]:
 
 
 def _measured(
-    workload: Workload, watch: Stopwatch, adding: AddingSide, *, up_bytes: int, answer: bytes
+    workload: Workload, watch: Stopwatch, adding: Party, *, up_bytes: int, answer: bytes
 ) -> dict[str, object]:
     return {
         "up_bytes_per_value": round(up_bytes / workload.values, 4),

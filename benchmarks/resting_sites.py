@@ -35,14 +35,17 @@ def train_nothing(run: Any, state: Any, scopes: Mapping[str, ScopeState], *, num
         if key not in _UPDATES:
             _UPDATES[key] = np.random.default_rng().standard_normal(key[2], dtype=np.float32) * np.float32(1e-3)
         updates[scope] = _UPDATES[key]
-    steps = run.plan.spec.training.steps_per_round
-    return LocalWork(scopes, updates, state.steps_done + steps, 0, state.guards_passed)
+    stage = run.plan.stage_of(number)
+    steps = tuple(
+        done + (stage.steps_per_round if index == stage.index else 0) for index, done in enumerate(state.steps_done)
+    )
+    return LocalWork(scopes, updates, steps, state.steps_accounted, state.guards_passed)
 
 
 def evaluate_nothing(run: Any, scopes: Mapping[str, ScopeState], *, number: int) -> Evaluation:
     """In place of ``fedseek_site.training.evaluate_weights``."""
     run.observe({"event": "utility", "round": number, "utility": 0.0, "loss": 0.0})
-    return Evaluation(loss_sum=0.0, correct=0, count=len(run.held_back))
+    return Evaluation(loss_sum=0.0, correct=0, count=len(run.held_back_in(number + 1)))
 
 
 def rest() -> None:

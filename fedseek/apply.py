@@ -11,6 +11,8 @@ from fedseek.encode import Float32Vector, Float64Vector, SummedUpdate, UpdateLay
 from fedseek.lora.digest import tensors_digest
 from fedseek.plan import Plan
 
+_VALUES_A_PASS = 1 << 16  # so that what is worked out on the way takes no memory to speak of
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScopeState:
@@ -59,6 +61,20 @@ def apply_sums(
     return applied
 
 
+def enter_stage(states: Mapping[str, ScopeState], plan: Plan, number: int) -> dict[str, ScopeState]:
+    """The states with which round ``number`` begins: in the first round of a later stage range and momentum start over.
+
+    Both say how far the steps of the last stage went, which were of another task and at other rates: a momentum from there
+    would go on for it, and a range that is too small for the new rates would cut off its first updates.
+    """
+    if number == 1 or number != plan.stage_of(number).first_round:
+        return dict(states)
+    return {
+        scope: ScopeState(held.layout, held.weights, np.zeros(held.momentum.size), plan.initial_range(scope, number))
+        for scope, held in states.items()
+    }
+
+
 def apply_mean(
     weights: Float32Vector,
     mean: Float64Vector,
@@ -84,7 +100,7 @@ def apply_mean(
         momentum_factor: beta, in [0, 1).
 
     Returns:
-        New weights and new momentum; the arguments are not changed.
+        New weights and new momentum; the arguments are not changed. At factor 0 the momentum is the mean itself.
 
     Raises:
         ValueError: shapes or types differ, a factor is out of range, or a new weight is not finite.
@@ -99,10 +115,15 @@ def apply_mean(
         raise ValueError(
             f"apply_mean: learning_rate {learning_rate} wanted > 0, momentum_factor {momentum_factor} in [0, 1)"
         )
-    # v <- beta v + mean; w <- w + eta v. Hsu et al. subtract: their update is initial - trained.
-    new_momentum = momentum_factor * momentum + mean
-    with np.errstate(over="ignore"):  # an overflow is refused below
-        new_weights = (weights.astype(np.float64) + learning_rate * new_momentum).astype(np.float32)
-    if not np.isfinite(new_weights).all():
-        raise ValueError("apply_mean: a new weight is not finite")
+    new_weights, new_momentum = np.empty_like(weights), np.empty_like(mean) if momentum_factor else mean
+    for start in range(0, weights.size, _VALUES_A_PASS):
+        part = slice(start, start + _VALUES_A_PASS)
+        # v <- beta v + mean; w <- w + eta v. Hsu et al. subtract: their update is initial - trained.
+        moved = momentum_factor * momentum[part] + mean[part]
+        with np.errstate(over="ignore"):  # an overflow is refused below
+            new_weights[part] = weights[part].astype(np.float64) + learning_rate * moved
+        if not np.isfinite(new_weights[part]).all():
+            raise ValueError("apply_mean: a new weight is not finite")
+        if momentum_factor:
+            new_momentum[part] = moved
     return new_weights, new_momentum

@@ -17,6 +17,7 @@ import click
 
 from fedseek.audit_command import audit
 from fedseek.daemon.console import run
+from fedseek.model_command import model
 from fedseek.plan import load_plan
 from fedseek.predict_command import predict
 from fedseek.verify_command import verify
@@ -55,6 +56,7 @@ def cli() -> None:
 
 
 cli.add_command(audit)
+cli.add_command(model)
 cli.add_command(verify)
 
 

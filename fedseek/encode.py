@@ -19,7 +19,7 @@ range shared by all sites instead of each vector's norm, since a range of its ow
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedseek.errors import Malformed
-from fedseek.he.packing import Packing, pack, unpack
+from fedseek.he.packing import Packing, spans, unpack_span
 from fedseek.secagg.mac import NUM_TAGS
 
 Float32Vector = npt.NDArray[np.float32]
@@ -46,9 +46,6 @@ _SATURATION_TOLERATED = 1e-4
 _MAX_SHRINK = 4.0
 _SMALLEST_RANGE, _LARGEST_RANGE = 2.0**-40, 2.0**40
 
-# Values a pass: three float64 buffers of this size stay in a core's cache.
-_CHUNK = 1 << 14
-
 
 @dataclass(frozen=True, slots=True)
 class UpdateLayout:
@@ -56,11 +53,11 @@ class UpdateLayout:
 
     Attributes:
         scope: name of the group of sites whose updates are summed.
-        tensors: (name, shape) in vector order.
+        tensors: (name, shape) in vector order; none for a kind without a head, whose metrics travel all the same.
         metrics: names of the numbers that ride along, in header order.
 
     Raises:
-        ValueError: no tensors, an empty tensor, or a repeated name.
+        ValueError: neither tensors nor metrics, an empty tensor, or a repeated name.
     """
 
     scope: str
@@ -72,8 +69,10 @@ class UpdateLayout:
         for kind, given in (("tensor", names), ("metric", list(self.metrics))):
             if len(set(given)) != len(given):
                 raise ValueError(f"layout {self.scope!r}: repeated {kind} names in {given}")
-        if not names or any(size < 1 for _, shape in self.tensors for size in shape):
-            raise ValueError(f"layout {self.scope!r}: wanted at least one tensor and no empty ones, got {self.tensors}")
+        if not (names or self.metrics) or any(size < 1 for _, shape in self.tensors for size in shape):
+            raise ValueError(
+                f"layout {self.scope!r}: wanted at least one tensor or metric, and no empty tensors, got {self.tensors}"
+            )
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -100,7 +99,7 @@ class SummedUpdate:
         weight: sum of their weights.
         mean: weighted mean of their updates, float64, shape (num_values,).
         metrics: sum of each metric over the sites.
-        saturated_fraction: values that met the range's edge, of all values of all sites.
+        saturated_fraction: values that met the range's edge, of all values of all sites; 0 where there are none.
         weight_fraction: weight / (contributors * weight_cap): mean times this is the mean of what was quantised.
     """
 
@@ -201,17 +200,17 @@ def encode_update(
     Raises:
         ValueError: an argument is out of its range.
 
-    Cost: about 25 ns a value.
+    Cost: about 25 ns a value; memory for the slots alone.
     """
-    _check_encodable(vector, layout, packing=packing, value_range=value_range, weight=weight, weight_cap=weight_cap)
-    digits, saturated = _quantise(
-        vector,
-        weight / weight_cap,
-        value_range=value_range,
-        levels=packing.levels,
-        rng=rng or np.random.default_rng(),
+    _check_encodable(vector, layout, packing, value_range, weight, weight_cap)
+    factor, draws = weight / weight_cap, rng or np.random.default_rng()
+    return _fill_slots(
+        lambda part: _quantise(vector[part], factor, value_range=value_range, levels=packing.levels, rng=draws),
+        layout,
+        packing=packing,
+        weight=weight,
+        metrics=metrics,
     )
-    return _fill_slots(digits, saturated, layout, packing=packing, weight=weight, metrics=metrics)
 
 
 def encode_integers(
@@ -231,9 +230,12 @@ def encode_integers(
             f"update of {layout.scope!r}: got {numbers.dtype} of shape {numbers.shape}; wanted int64 of shape "
             f"({layout.num_values},), at most {packing.header_bound} values"
         )
-    saturated = int(np.count_nonzero(np.abs(numbers) > most))
-    digits = (np.clip(numbers, -most, most) + most).astype(np.uint32)
-    return _fill_slots(digits, saturated, layout, packing=packing, weight=1, metrics=metrics)
+
+    def clamp(part: slice) -> tuple[Slots, int]:
+        clamped = np.clip(numbers[part], -most, most)
+        return (clamped + most).astype(np.uint64), int(np.count_nonzero(clamped != numbers[part]))
+
+    return _fill_slots(clamp, layout, packing=packing, weight=1, metrics=metrics)
 
 
 def decode_sum(
@@ -257,19 +259,22 @@ def decode_sum(
     header = [int(slot) for slot in slots[NUM_TAGS : layout.num_header_slots]]
     contributors, weight, saturated = header[:_NUM_COUNTS]
     _check_counts(header, layout, packing=packing, weight_cap=weight_cap)
-    digits = unpack(slots[layout.num_header_slots : needed], layout.num_values, packing)
-    most = packing.levels
-    if int(digits.max()) > 2 * most * contributors:
-        raise Malformed(f"sum of {layout.scope!r}: a value exceeds what {contributors} sites can add up to")
-    mean = digits.astype(np.float64)
-    mean -= most * contributors
-    mean *= value_range / most * weight_cap / weight
+    content, most = slots[layout.num_header_slots : needed], packing.levels
+    mean = np.empty(layout.num_values, dtype=np.float64)
+    for span in spans(layout.num_values, packing):
+        digits = unpack_span(content, span, packing)
+        if int(digits.max()) > 2 * most * contributors:
+            raise Malformed(f"sum of {layout.scope!r}: a value exceeds what {contributors} sites can add up to")
+        part = mean[span.values]
+        part[:] = digits
+        part -= most * contributors
+        part *= value_range / most * weight_cap / weight
     return SummedUpdate(
         contributors=contributors,
         weight=weight,
         mean=mean,
         metrics={name: total / METRIC_SCALE for name, total in zip(layout.metrics, header[_NUM_COUNTS:], strict=True)},
-        saturated_fraction=saturated / (contributors * layout.num_values),
+        saturated_fraction=saturated / max(contributors * layout.num_values, 1),
         weight_fraction=weight / (contributors * weight_cap),
     )
 
@@ -294,12 +299,15 @@ def next_value_range(summed: SummedUpdate, current: float) -> float:
           towards zero, which also hides how far the range is short.
         - at least a quarter of the current range: one round in which updates cancel does not ruin the next.
         - within [2^-40, 2^40], never zero.
+    A scope without values keeps the range it has.
 
     Args:
         summed: the decoded sum of this round.
         current: C of this round, > 0.
     """
-    largest = float(np.abs(summed.mean).max()) * summed.weight_fraction
+    if not summed.mean.size:
+        return current
+    largest = float(max(summed.mean.max(), -summed.mean.min())) * summed.weight_fraction
     wanted = max(_HEADROOM * math.sqrt(summed.contributors) * largest, current / _MAX_SHRINK)
     if summed.saturated_fraction > _SATURATION_TOLERATED:
         wanted = max(wanted, 2 * current)
@@ -308,37 +316,37 @@ def next_value_range(summed: SummedUpdate, current: float) -> float:
 
 
 def _fill_slots(
-    digits: npt.NDArray[np.uint32],
-    saturated: int,
+    digits_of: Callable[[slice], tuple[Slots, int]],
     layout: UpdateLayout,
     *,
     packing: Packing,
     weight: int,
     metrics: Mapping[str, float],
 ) -> Slots:
-    header = [*(0,) * NUM_TAGS, 1, weight, saturated, *_encode_metrics(metrics, layout, packing)]
+    """Header and packed values; ``digits_of`` gives those of a part of the vector, and how many saturated."""
+    in_header = _encode_metrics(metrics, layout, packing)
     slots = np.zeros(num_ciphertexts(layout, packing) * packing.params.slot_count, dtype=np.uint64)
-    slots[: len(header)] = header
-    slots[len(header) : num_slots(layout, packing)] = pack(digits, packing)
+    content = slots[layout.num_header_slots : num_slots(layout, packing)]
+    saturated = 0
+    for span in spans(layout.num_values, packing):
+        digits, beyond = digits_of(span.values)
+        content[span.slots] |= digits << span.shift
+        saturated += beyond
+    slots[: layout.num_header_slots] = [*(0,) * NUM_TAGS, 1, weight, saturated, *in_header]
     return slots
 
 
 def _check_encodable(
-    vector: Float32Vector,
-    layout: UpdateLayout,
-    *,
-    packing: Packing,
-    value_range: float,
-    weight: int,
-    weight_cap: int,
+    vector: Float32Vector, layout: UpdateLayout, packing: Packing, value_range: float, weight: int, weight_cap: int
 ) -> None:
     if vector.shape != (layout.num_values,) or vector.dtype != np.float32:
         raise ValueError(
             f"update of {layout.scope!r}: got {vector.dtype} of shape {vector.shape}; "
             f"wanted float32 of shape ({layout.num_values},)"
         )
-    if not np.isfinite(vector).all():
-        raise ValueError(f"update of {layout.scope!r}: {int((~np.isfinite(vector)).sum())} values are not finite")
+    num_finite = sum(int(np.isfinite(vector[span.values]).sum()) for span in spans(vector.size, packing))
+    if num_finite < vector.size:
+        raise ValueError(f"update of {layout.scope!r}: {vector.size - num_finite} values are not finite")
     if not (math.isfinite(value_range) and value_range > 0):
         raise ValueError(f"value_range: got {value_range}; wanted a finite number > 0")
     if not 1 <= weight <= weight_cap <= packing.header_bound:
@@ -346,31 +354,25 @@ def _check_encodable(
             f"weight: got {weight} of cap {weight_cap}; wanted 1 <= weight <= cap <= {packing.header_bound}"
         )
     if layout.num_values > packing.header_bound:
-        raise ValueError(
-            f"update of {layout.scope!r}: {layout.num_values} values; wanted at most {packing.header_bound}"
-        )
+        raise ValueError(f"{layout.scope!r}: {layout.num_values} values; wanted at most {packing.header_bound}")
 
 
 def _quantise(
-    vector: Float32Vector, weight_factor: float, *, value_range: float, levels: int, rng: np.random.Generator
-) -> tuple[npt.NDArray[np.uint32], int]:
-    """Round ``vector * weight_factor`` to digits in [0, 2 * levels]; also count what was clipped."""
-    digits = np.empty(vector.size, dtype=np.uint32)
-    saturated = 0
-    for start in range(0, vector.size, _CHUNK):
-        # Divide by C before multiplying by the number of levels, so that C itself lands on a level exactly.
-        scaled = vector[start : start + _CHUNK] * np.float64(weight_factor)
-        scaled /= value_range
-        saturated += int(np.count_nonzero(np.abs(scaled) > 1))
-        np.clip(scaled, -1, 1, out=scaled)
-        scaled *= levels
-        # floor(x) + Bernoulli(x - floor(x)) has mean x.
-        low = np.floor(scaled)
-        scaled -= low
-        low += rng.random(scaled.size, dtype=np.float32) < scaled
-        low += levels
-        digits[start : start + _CHUNK] = low
-    return digits, saturated
+    part: Float32Vector, weight_factor: float, *, value_range: float, levels: int, rng: np.random.Generator
+) -> tuple[Slots, int]:
+    """Round ``part * weight_factor`` to digits in [0, 2 * levels]; also count what was clipped."""
+    # Divide by C before multiplying by the number of levels, so that C itself lands on a level exactly.
+    scaled = part * np.float64(weight_factor)
+    scaled /= value_range
+    saturated = int(np.count_nonzero(np.abs(scaled) > 1))
+    np.clip(scaled, -1, 1, out=scaled)
+    scaled *= levels
+    # floor(x) + Bernoulli(x - floor(x)) has mean x.
+    low = np.floor(scaled)
+    scaled -= low
+    low += rng.random(scaled.size, dtype=np.float32) < scaled
+    low += levels
+    return low.astype(np.uint64), saturated
 
 
 def _encode_metrics(metrics: Mapping[str, float], layout: UpdateLayout, packing: Packing) -> list[int]:

@@ -28,5 +28,6 @@ def encrypt_update(key: SecretKey, encoded: Mapping[str, npt.NDArray[np.uint64]]
         ValueError: a slot does not fit the plain modulus.
     """
     return tuple(
-        ScopedCiphertexts(scope=scope, ciphertexts=tuple(encrypt_slots(key, slots))) for scope, slots in encoded.items()
+        ScopedCiphertexts(scope=scope, ciphertexts=tuple(map(memoryview, encrypt_slots(key, slots))))
+        for scope, slots in encoded.items()
     )

@@ -8,6 +8,7 @@
     │   └── InvalidRecords    a data file cannot be used as the plan asks
     ├── ModelError                            4
     │   ├── WrongModel        base model is not the one the plan names
+    │   ├── OutOfMemory       training does not fit in the device's memory, not even one record at a time
     │   └── AdapterDiverged   sites ended a round with different adapters
     ├── PrivacyError                          5
     │   ├── UnsupportedMechanism
@@ -33,6 +34,7 @@
     │   ├── NotAdmitted       the coordinator's gate does not let this site in; a person has to act
     │   ├── Undelivered       a request came back with an error of Flower's in place of a reply
     │   ├── AddressTaken      a port or socket is in use by another process
+    │   ├── ProcessLost       one of the processes that train together is gone
     │   └── Stopped           a daemon was told to end; what it was doing can be taken up again
     ├── SiteRefused                           1, or that of the family its code names
     ├── LocalRefused                          1, or that of the family its code names
@@ -115,6 +117,10 @@ class ModelError(FedseekError):
 
 class WrongModel(ModelError):
     """The base model is missing or its weights are not those the plan names."""
+
+
+class OutOfMemory(ModelError):
+    """Training does not fit in the memory of the device, not even one record at a time."""
 
 
 class AdapterDiverged(ModelError):
@@ -252,6 +258,10 @@ class Undelivered(NetworkError):
 
 class AddressTaken(NetworkError):
     """A port or socket is in use by another process."""
+
+
+class ProcessLost(NetworkError):
+    """One of the processes of a site that train together is gone, or gave up."""
 
 
 class Stopped(NetworkError):

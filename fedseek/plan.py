@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,18 +23,22 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedseek.dp.accounting import PrivacyParams, PrivacySpend, calibrate_noise_multiplier
+from fedseek.dp.accounting import PrivacyParams, PrivacySpend
+from fedseek.dp.composition import RunSpend
 from fedseek.dp.site_level import SiteLevelParams, site_level_params
 from fedseek.errors import FedseekError, InvalidPlan, UnsupportedMechanism
 from fedseek.he.packing import Packing, choose_packing
-from fedseek.plan_spec import PlanSpec
+from fedseek.lora.targets import targets_of
+from fedseek.plan_problems import problems_between, site_problems
+from fedseek.plan_spec import PlanSpec, Task
+from fedseek.plan_stages import Stage, sections, stages_of
 from fedseek.secagg.graph import FULL_GRAPH_SITES, SECURITY_BITS, choose_graph, honest_in_sum
 
 PLAN_VERSION = 1
-MAX_STEPS = 100_000  # of a run; a plan from outside must not keep a site's accountant busy for hours
 MAX_PLAN_BYTES = 256 * 1024  # bytes of canonical JSON a site is willing to parse
 GLOBAL_SCOPE = "global"
 DEFAULT_CANARIES = 64
+_ALTERNATIVE = re.compile(r"(literal|tuple)\[.*|constrained-int")  # how pydantic names one of the types of a field
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +49,48 @@ class Plan:
         spec: the plan as written.
         digest: hex SHA-256 of the canonical form; what sites approve and sign.
         packing: digits per slot, bits per digit, and the BFV parameters that decrypt ``cohort.max_sites`` updates.
-        privacy: DP-SGD parameters, or None when the plan promises nothing.
+        stages: one, or with ``spec.domain`` two.
         site_level: what a guarantee for whole sites needs, or None when the plan has none.
     """
 
     spec: PlanSpec
     digest: str
     packing: Packing
-    privacy: PrivacyParams | None
+    stages: tuple[Stage, ...]
     site_level: SiteLevelParams | None = None
+
+    @property
+    def privacy(self) -> PrivacyParams | None:
+        """DP-SGD parameters of the last stage, or None when the plan promises nothing; delta and clip norm are those of all."""
+        return self.stages[-1].privacy
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of training, over all stages."""
+        return sum(stage.rounds for stage in self.stages)
 
     @property
     def total_steps(self) -> int:
         """Steps of local training over the whole run."""
-        return self.spec.training.rounds * self.spec.training.steps_per_round
+        return sum(stage.num_steps for stage in self.stages)
+
+    def stage_of(self, number: int) -> Stage:
+        """The stage of round ``number``, from 1; the last one for a round after it, as the closing round is."""
+        return next((stage for stage in self.stages if number < stage.first_round + stage.rounds), self.stages[-1])
+
+    def task_in(self, kind: str, number: int) -> Task:
+        """What a site of ``kind`` trains on in round ``number``."""
+        return self.stage_of(number).task or self.spec.kinds[kind].task
+
+    def writes(self, kind: str) -> bool:
+        """Whether sites of ``kind`` learn words in any stage, and need the base model with its head of words."""
+        return any(self.task_in(kind, stage.first_round) != "classify" for stage in self.stages)
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Linear layers that get an adapter; with "auto", those of the model's family."""
+        asked = self.spec.lora.target_modules
+        return targets_of(self.spec.model.family) if asked == "auto" else asked
 
     @property
     def weight_cap(self) -> int:
@@ -79,8 +111,8 @@ class Plan:
         """The scopes a site of ``kind`` contributes to: the adapter of all, the head of its kind."""
         return GLOBAL_SCOPE, head_scope(kind)
 
-    def initial_range(self, scope: str) -> float:
-        """Clip range of the quantiser in round 1, when there is no aggregate yet to derive it from.
+    def initial_range(self, scope: str, number: int = 1) -> float:
+        """Clip range of the quantiser in the first round of a stage, when there is no aggregate yet to derive it from.
 
         Adam moves a value by about its learning rate a step (Kingma and Ba 2015, section 2.1), and in the first steps by
         just that much: a quarter more keeps those values off the edge.
@@ -89,20 +121,42 @@ class Plan:
         """
         if self.site_level is not None:
             return self.site_level.value_range
-        training = self.spec.training
-        rate = training.learning_rate if scope == GLOBAL_SCOPE else training.head_learning_rate
-        return 1.25 * rate * training.steps_per_round
+        stage = self.stage_of(number)
+        rate = stage.learning_rate if scope == GLOBAL_SCOPE else stage.head_learning_rate
+        return 1.25 * rate * stage.steps_per_round
 
     def seed_for(self, purpose: str) -> int:
         """A public 64-bit seed for ``purpose``. Never for noise, masks, keys or private sampling."""
         text = f"fedseek/seed/v1\0{self.spec.name}\0{self.spec.seed}\0{purpose}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
-    def spend_after(self, rounds: int) -> PrivacySpend | None:
+    def steps_after(self, rounds: int) -> tuple[int, ...]:
+        """Steps of each stage that a site has trained after ``rounds`` rounds."""
+        return tuple(stage.rounds_until(rounds) * stage.steps_per_round for stage in self.stages)
+
+    def spend_of(self, steps: Sequence[int]) -> RunSpend | None:
+        """What so many steps of each stage cost; None when the plan promises nothing.
+
+        Raises:
+            ValueError: not one number a stage.
+        """
+        pairs = list(zip(self.stages, steps, strict=True))
+        spends = tuple(PrivacySpend(stage.privacy, count) for stage, count in pairs if stage.privacy is not None)
+        return RunSpend(spends) if spends else None
+
+    def spend_after(self, rounds: int) -> RunSpend | None:
         """What a site has spent after ``rounds`` rounds; None when the plan promises nothing."""
-        if self.privacy is None:
-            return None
-        return PrivacySpend(self.privacy).after(rounds * self.spec.training.steps_per_round)
+        return self.spend_of(self.steps_after(rounds))
+
+    def claimed(self, spend: RunSpend | None) -> RunSpend | None:
+        """The spend whose epsilon may be stated for a run that has come to ``spend``.
+
+        Where training may end early, that of all steps of the plan: when it ends follows from what earlier steps gave out,
+        and then an epsilon of no more than the steps that were trained does not hold as one that was fixed beforehand does
+        (Rogers, Roth, Ullman, Vadhan 2016, arXiv:1605.08294, section 1). That of the plan does: to rest is to throw away
+        what a step would have given out.
+        """
+        return spend if spend is None or self.spec.training.early_stopping is None else self.spend_after(self.rounds)
 
 
 def head_scope(kind: str) -> str:
@@ -134,13 +188,15 @@ def parse_spec(document: Mapping[str, Any], *, source: str = "plan") -> PlanSpec
 
 
 def describe_problems(error: ValidationError) -> list[str]:
-    """One line a problem: which field, what is wanted, what was got."""
-    lines = []
+    """One line a field: which, what is wanted (one thing or another, where it may be either), what was got."""
+    wanted: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
     for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"]) or "the document"
-        got = "" if problem["type"] == "missing" else f", got {_short(problem['input'])}"
-        lines.append(f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{got}")
-    return lines
+        named = (str(part) for part in problem["loc"])
+        where = ".".join(part for part in named if not _ALTERNATIVE.fullmatch(part)) or "the document"
+        wanted.setdefault(where, []).append(problem["msg"][0].lower() + problem["msg"][1:])
+        got[where] = "" if problem["type"] == "missing" else f", got {_short(problem['input'])}"
+    return [f"{where}: {', or '.join(each)}{got[where]}" for where, each in wanted.items()]
 
 
 def _short(value: object) -> str:
@@ -155,15 +211,16 @@ def check_plan(spec: PlanSpec, *, source: str = "plan") -> Plan:
         InvalidPlan: with all problems at once: more sites than the packing allows, a noise budget that would run
             out, an epsilon that no noise reaches, an AUC over more than two labels, missing epsilon or delta.
     """
-    problems = _inconsistencies(spec)
-    packing = privacy = None
+    problems = problems_between(spec)
+    packing = None
+    stages: tuple[Stage, ...] = ()
     try:
         packing = choose_packing(spec.encryption.value_bits, spec.cohort.max_sites)
     except InvalidPlan as error:
         problems += [f"encryption, cohort: {problem}" for problem in error.problems]
     if not problems:
         try:
-            privacy = _privacy_params(spec)
+            stages = stages_of(spec)
         except FedseekError as error:
             problems.append(f"privacy: {error.message}")
     site_level = None
@@ -174,91 +231,21 @@ def check_plan(spec: PlanSpec, *, source: str = "plan") -> Plan:
             problems.append(f"privacy.site, encryption.value_bits, cohort: {error.message}; {error.hint}")
     if problems or packing is None:
         raise InvalidPlan(problems, source=source)
-    return Plan(spec, plan_digest(canonical_bytes(spec)), packing, privacy, site_level)
-
-
-def _inconsistencies(spec: PlanSpec) -> list[str]:
-    problems = []
-    for kind, task in spec.kinds.items():
-        if task.metric == "auc" and len(task.labels) != 2:
-            problems.append(f"kinds.{kind}: metric auc wants exactly 2 labels, got {len(task.labels)}")
-    steps = spec.training.rounds * spec.training.steps_per_round
-    if steps > MAX_STEPS:
-        problems.append(f"training: rounds x steps_per_round is {steps}, wanted at most {MAX_STEPS}")
-    if spec.cohort.min_sites > spec.cohort.max_sites:
-        problems.append(f"cohort: min_sites {spec.cohort.min_sites} is above max_sites {spec.cohort.max_sites}")
-    if spec.cohort.min_sites < spec.cohort.colluders + 2:
-        problems.append(
-            f"cohort: min_sites {spec.cohort.min_sites} with {spec.cohort.colluders} colluders leaves fewer than 2 honest "
-            f"sites in a sum; wanted min_sites of at least colluders + 2"
-        )
-    private = spec.privacy.mechanism != "none"
-    for field in ("epsilon", "delta"):
-        given = getattr(spec.privacy, field) is not None
-        if private and not given:
-            problems.append(f"privacy.{field}: missing, but mechanism {spec.privacy.mechanism} needs it")
-        if given and not private:
-            problems.append(f'privacy.{field}: given, but mechanism "none" earns no guarantee; remove it')
-    problems += _site_problems(spec)
-    if spec.privacy.max_records_per_unit is not None and all(task.unit == "record" for task in spec.kinds.values()):
-        problems.append(
-            'privacy.max_records_per_unit: given, but every kind\'s unit is "record", which has one; remove it, or protect '
-            "a customer or patient"
-        )
-    approvals = spec.release.min_approvals
-    if approvals is not None and not spec.cohort.min_sites <= approvals <= spec.cohort.max_sites:
-        problems.append(
-            f"release.min_approvals: {approvals}, wanted min_sites {spec.cohort.min_sites} to max_sites {spec.cohort.max_sites}"
-        )
-    if private and spec.privacy.delta is not None:
-        # With this delta, publishing whatever was drawn would do: no noise is called for, and none would be added.
-        drawn = -math.expm1(steps * math.log1p(-min(spec.training.sampling_probability, 1 - 2**-53)))
-        if spec.privacy.delta >= drawn:
-            problems.append(
-                f"privacy.delta: {spec.privacy.delta:g} is not below the chance {drawn:.3g} that a unit is drawn at all "
-                "in the run; such a plan asks for no noise"
-            )
-    return problems
-
-
-def _site_problems(spec: PlanSpec) -> list[str]:
-    """What speaks against the guarantee for whole sites, besides its noise."""
-    site, cohort, problems = spec.privacy.site, spec.cohort, list[str]()
-    if site is None:
-        return problems
-    if spec.privacy.mechanism == "none":
-        problems.append(
-            'privacy.site: given, but mechanism "none" protects no record; wanted mechanism "dp-sgd" beside it'
-        )
-    if cohort.weighting != "equal":
-        problems.append(
-            f'cohort.weighting: "{cohort.weighting}" sends what each site weighs, without noise; wanted "equal" with '
-            "privacy.site"
-        )
-    if cohort.min_contributors <= cohort.colluders:
-        problems.append(
-            f"cohort.min_contributors: {cohort.min_contributors} with {cohort.colluders} colluders leaves a head without "
-            "noise that nobody knows; wanted at least colluders + 1 with privacy.site"
-        )
-    if site.delta * cohort.max_sites >= 1:
-        problems.append(
-            f"privacy.site.delta: {site.delta:g} is not below 1 / max_sites, which would permit publishing one site outright"
-        )
-    return problems
+    return Plan(spec, plan_digest(canonical_bytes(spec)), packing, stages, site_level)
 
 
 def _site_level_params(spec: PlanSpec, packing: Packing) -> SiteLevelParams | None:
     """Sized for the fewest honest sites that a sum may hold."""
     site, cohort = spec.privacy.site, spec.cohort
     smallest, largest = max(cohort.min_sites, cohort.min_contributors), cohort.max_sites
-    if site is None or _site_problems(spec) or not cohort.colluders + 2 <= smallest <= largest:
+    if site is None or any(site_problems(spec)) or not cohort.colluders + 2 <= smallest <= largest:
         return None
     in_adapter = _fewest_honest(smallest, largest, cohort.colluders, cohort.dropout_fraction)
     return site_level_params(
         site.epsilon,
         site.delta,
         l2_clip_norm=site.l2_clip_norm,
-        rounds=spec.training.rounds,
+        rounds=sum(section.rounds for section in sections(spec).values()),
         levels=packing.levels,
         max_sites=largest,
         honest=(in_adapter, cohort.min_contributors - cohort.colluders),
@@ -278,24 +265,6 @@ def _fewest_honest(smallest: int, largest: int, colluders: int, dropout_fraction
         for listed in range(smallest, largest + 1)
     )
     return min(honest_in_sum(graph, min_survivors=smallest) for graph in graphs)
-
-
-def _privacy_params(spec: PlanSpec) -> PrivacyParams | None:
-    privacy, training = spec.privacy, spec.training
-    if privacy.epsilon is None or privacy.delta is None:
-        return None
-    noise_multiplier = calibrate_noise_multiplier(
-        privacy.epsilon,
-        delta=privacy.delta,
-        sampling_probability=training.sampling_probability,
-        num_steps=training.rounds * training.steps_per_round,
-    )
-    return PrivacyParams(
-        noise_multiplier=noise_multiplier,
-        sampling_probability=training.sampling_probability,
-        delta=privacy.delta,
-        l2_clip_norm=privacy.l2_clip_norm,
-    )
 
 
 def plan_from_canonical(data: bytes) -> Plan:

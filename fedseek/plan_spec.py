@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Task = Literal["classify", "instruct", "continue"]
 
 
 class _Section(BaseModel):
@@ -20,28 +21,48 @@ class _Section(BaseModel):
 class ModelSpec(_Section):
     """The frozen base model every site must hold."""
 
-    source: Annotated[str, StringConstraints(pattern=r"^(package|path):.+$")]
-    """``package:<distribution>`` (weights carried by an installed package) or ``path:<folder>``."""
+    source: Annotated[str, StringConstraints(pattern=r"^(package|path|hub):.+$")]
+    """``package:<distribution>`` (weights carried by an installed package), ``path:<folder>``, or
+    ``hub:<owner>/<name>@<commit>`` (fetched beforehand with ``fedseek model fetch``)."""
     sha256: Digest
     """SHA-256 of the weights; a site that holds others refuses the plan."""
+    family: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,40}$")] | None = None
+    """``model_type`` of the model's config.json, such as "qwen2"; needed by ``lora.target_modules = "auto"``."""
     max_tokens: Annotated[int, Field(ge=4, le=8192)] = 64
     """Longer texts are cut; tokens."""
 
 
-class KindSpec(_Section):
-    """What the sites of one kind (banks, hospitals) learn: a head of their own on the shared adapter."""
+class GenerationSpec(_Section):
+    """Answers written out on a sample of held-back rows, before the first round and after the last."""
 
-    labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=10_000)]
+    rows: Annotated[int, Field(ge=0, le=1_000)] = 16
+    """A site's rows that are answered; 0 for none."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=1024)] = 48
+
+
+class KindSpec(_Section):
+    """What the sites of one kind (banks, hospitals) learn on the shared adapter.
+
+    ``classify`` has labels, and a head of the kind's own. ``instruct`` (answers to instructions) and ``continue`` (the
+    next token of a text) have neither: the base model's own head of words is used, and stays as it is.
+    """
+
+    task: Task = "classify"
+    labels: Annotated[tuple[Label, ...], Field(max_length=10_000, validate_default=True)] = ()
     metric: Literal["accuracy", "auc"] = "accuracy"
-    """Utility on held-back rows; ``auc`` wants exactly two labels, the second is the positive one."""
+    """Utility on held-back rows: of labels, or of the next token; ``auc`` wants exactly two labels, the second positive."""
     unit: Literal["record", "customer", "patient"] = "record"
     """What the guarantee protects: one record, or all records of a customer or patient (a column names them)."""
     min_utility: Annotated[float, Field(ge=0, le=1)] | None = None
     """An adapter below this, over the held-back rows of all sites of the kind, is not released."""
+    generation: GenerationSpec = GenerationSpec()
+    """For ``instruct``."""
 
     @field_validator("labels")
     @classmethod
-    def _unique(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+    def _fit_the_task(cls, labels: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if info.data.get("task") == "classify" and len(labels) < 2:
+            raise ValueError(f"task classify wants at least 2 labels, got {len(labels)}")
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
             raise ValueError(f"labels must be unique, repeated: {', '.join(repeated)}")
@@ -49,14 +70,43 @@ class KindSpec(_Section):
 
 
 class LoraSpec(_Section):
-    """The adapter. ``ffa`` freezes lora_A at a value derived from the plan: averaging lora_B is then exact."""
+    """The adapter. ``ffa`` freezes lora_A at a value derived from the plan: averaging lora_B is then exact.
 
-    method: Literal["ffa", "both"] = "ffa"
+    ``alternating`` trains lora_B in odd rounds and lora_A in even ones, so that each average is exact as well. ``prefix``
+    and ``prompt`` train vectors in front of the keys or the text instead of LoRA matrices; ``full`` all of a small model.
+    """
+
+    method: Literal["ffa", "both", "alternating", "dora", "prefix", "prompt", "full"] = "ffa"
     rank: Annotated[int, Field(ge=1, le=512)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    target_modules: Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], Field(min_length=1)]
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
+    target_modules: (
+        Literal["auto"] | Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], Field(min_length=1)]
+    ) = "auto"
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     """Encoder layers to adapt; all when absent. Top layers only is faster: nothing below them is differentiated."""
+    virtual_tokens: Annotated[int, Field(ge=1, le=512)] = 20
+    """For ``prefix`` and ``prompt``."""
+
+
+class DomainSpec(_Section):
+    """A first stage: every site goes on with the next token of its own texts, before the kinds' own tasks begin."""
+
+    rounds: Annotated[int, Field(ge=1, le=10_000)]
+    steps_per_round: Annotated[int, Field(ge=1, le=100_000)]
+    sampling_probability: Annotated[float, Field(ge=0.001, le=1)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    budget_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """How much of epsilon this stage would take by itself, relative to the other."""
+
+
+class EarlyStoppingSpec(_Section):
+    """When more than half of the sites in a sum say that their held-back rows got no better, training ends."""
+
+    patience: Annotated[int, Field(ge=1, le=1_000)]
+    """A site votes to stop when its loss is above its best for so many rounds in a row, within the stage it is in."""
 
 
 class TrainingSpec(_Section):
@@ -67,9 +117,20 @@ class TrainingSpec(_Section):
     sampling_probability: Annotated[float, Field(ge=0.001, le=1)]
     """Chance that a privacy unit is in a step's batch (Poisson). One epoch is 1 / sampling_probability steps."""
     learning_rate: Annotated[float, Field(gt=0)]
-    head_learning_rate: Annotated[float, Field(gt=0)]
-    physical_batch_size: Annotated[int, Field(ge=1)] = 64
-    """Records on the device at once; cannot change the result."""
+    """Of the adapter."""
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of the heads; the adapter's when absent."""
+    optimiser: Literal["adam", "sgd"] = "adam"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Over the stage's first steps the learning rates rise from near zero, in a line."""
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decoupled from the gradient with adam."""
+    max_gradient_norm: Annotated[float, Field(gt=0)] | None = None
+    """A step's gradient is scaled down to this norm; only without privacy, which clips each unit's by itself."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    physical_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
+    """Records on the device at once; cannot change the result. "auto": from each site's free memory."""
+    early_stopping: EarlyStoppingSpec | None = None
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -162,9 +223,16 @@ class PlanSpec(_Section):
     model: ModelSpec
     kinds: Annotated[dict[Name, KindSpec], Field(min_length=1)]
     lora: LoraSpec
+    domain: DomainSpec | None = None
     training: TrainingSpec
     privacy: PrivacySpec
     audit: AuditSpec = AuditSpec()
     release: ReleaseSpec = ReleaseSpec()
     encryption: EncryptionSpec = EncryptionSpec()
     cohort: CohortSpec
+
+    @field_validator("kinds")
+    @classmethod
+    def _in_order(cls, kinds: dict[str, KindSpec]) -> dict[str, KindSpec]:
+        """By name, as in the canonical form: what is written from the one plan and from the other has to be the same."""
+        return dict(sorted(kinds.items()))

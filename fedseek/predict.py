@@ -22,7 +22,7 @@ from fedseek.he.params import noise_budget_bits
 from fedseek.lora.load import empty_base
 from fedseek.lora.source import locate_model
 from fedseek.plan import GLOBAL_SCOPE, Plan
-from fedseek.prepare import prepare_layouts, prepare_model
+from fedseek.prepare import prepare_layouts, prepare_model, writes
 from fedseek.secagg.graph import choose_graph
 from fedseek.secagg.mac import mac
 from fedseek.secagg.stream import SEED_BYTES, add_stream
@@ -47,7 +47,10 @@ class KindPrediction:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What :func:`predict_plan` found. Seconds hold for one core of this machine; bytes are of ciphertexts."""
+    """What :func:`predict_plan` found. Seconds hold for one core of this machine; bytes are of ciphertexts.
+
+    ``noise_multiplier`` is that of the last stage, ``epsilon_per_site`` of all of them.
+    """
 
     rounds: int
     steps: int
@@ -84,9 +87,9 @@ def predict_plan(plan: Plan) -> Prediction:
     kinds = {kind: _predict_kind(plan, of_kind, sample) for kind, of_kind in layouts.items()}
     adapter = num_ciphertexts(next(iter(layouts.values()))[GLOBAL_SCOPE], plan.packing)
     largest = max(kinds.values(), key=lambda predicted: predicted.ciphertexts)
-    spend = plan.spend_after(plan.spec.training.rounds)
+    spend = plan.spend_after(plan.rounds)
     return Prediction(
-        rounds=plan.spec.training.rounds,
+        rounds=plan.rounds,
         steps=plan.total_steps,
         noise_budget_bits_left=noise_budget_bits(plan.packing.params, plan.packing.max_sites, largest.ciphertexts),
         digits_per_slot=plan.packing.digits_per_slot,
@@ -106,8 +109,8 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
 
 
 def _layouts(plan: Plan, kind: str) -> dict[str, UpdateLayout]:
-    base = empty_base(locate_model(plan.spec.model.source))
-    return prepare_layouts(kind, prepare_model(plan, kind, base))
+    base = empty_base(locate_model(plan.spec.model.source), words=writes(plan, kind))
+    return prepare_layouts(plan, kind, prepare_model(plan, kind, base))
 
 
 def _predict_kind(plan: Plan, layouts: Mapping[str, UpdateLayout], sample: _Sample) -> KindPrediction:

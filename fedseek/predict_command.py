@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fedseek.errors import UnsupportedMechanism
 from fedseek.plan import Plan, load_plan
-from fedseek.predict_picture import privacy_picture
+from fedseek.predict_picture import describe_stages, privacy_picture
 from fedseek.predict_privacy import (
     MIN_NOISE_MULTIPLIER,
     NoiseLevel,
@@ -44,7 +44,8 @@ _MAX_EPSILON = 50.0  # as in a plan
     "noises",
     type=click.FloatRange(MIN_NOISE_MULTIPLIER),
     multiple=True,
-    help="Find the epsilon of this noise multiplier; may be repeated.  [default: some around the plan's]",
+    help="Find the epsilon of this noise multiplier, of the last stage; the other's is scaled alike. May be repeated.  "
+    "[default: some around the plan's]",
 )
 @click.option("--privacy-only", is_flag=True, help="Noise and epsilon alone: needs no model, measures nothing.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw epsilon by noise and by round to this SVG file.")
@@ -60,7 +61,7 @@ def predict(
     """Bytes, ciphertexts, noise budget, seconds of cryptography here, and privacy of PLAN_FILE.
 
     Privacy: the noise that an epsilon takes, the epsilon that a noise gives, and epsilon round by round, for the plan's
-    sampling probability, steps and delta, by two accountants (PLD is stated, RDP a second opinion).
+    stages (sampling probability, steps) and delta, by two accountants (PLD is stated, RDP a second opinion).
     """
     checked = load_plan(plan_file)
     with _progress() as on_progress:
@@ -116,19 +117,20 @@ def _show_privacy(plan: Plan, privacy: PrivacyPrediction | None) -> None:
     if privacy is None:
         click.echo('privacy: none; the plan\'s mechanism is "none"')
         return
-    click.echo(
-        f"privacy at sampling probability {privacy.sampling_probability:g}, {privacy.num_steps:,} steps, "
-        f"δ {privacy.delta:g}"
-    )
-    noises = _table("noise and ε", "", "noise multiplier", "ε (PLD)", "ε (RDP)")
+    click.echo(f"privacy at {describe_stages(privacy)}, δ {privacy.delta:g}")
+    several = len(privacy.stages) > 1
+    of_stage = [f" of stage {number}" for number in range(1, len(privacy.stages) + 1)] if several else [""]
+    noises = _table("noise and ε", "", *(f"noise multiplier{stage}" for stage in of_stage), "ε (PLD)", "ε (RDP)")
     for level in privacy.levels:
-        noises.add_row(_why(privacy, level), *map(_shown, (level.noise_multiplier, level.epsilon, level.epsilon_rdp)))
+        noises.add_row(_why(privacy, level), *map(_shown, (*level.noise_multipliers, level.epsilon, level.epsilon_rdp)))
     rounds = _table(
-        "ε by round", "round", "steps", "ε (PLD)", "ε (RDP)", *(["site-level ε"] if plan.site_level else [])
+        "ε by round",
+        *("round", *(["stage"] if several else []), "steps", "ε (PLD)", "ε (RDP)"),
+        *(["site-level ε"] if plan.site_level else []),
     )
     for each in privacy.by_round:
-        of_site = [each.site_level_epsilon] if plan.site_level else []
-        rounds.add_row(*map(_shown, (each.round, each.steps, each.epsilon, each.epsilon_rdp, *of_site)))
+        of_round = (each.round, *([each.stage] if several else []), each.steps, each.epsilon, each.epsilon_rdp)
+        rounds.add_row(*map(_shown, (*of_round, *([each.site_level_epsilon] if plan.site_level else []))))
     Console().print(noises, rounds, sep="\n")
     if privacy.site_level:
         site = privacy.site_level

@@ -34,18 +34,23 @@ def privacy_picture(name: str, prediction: PrivacyPrediction) -> str:
         (start + [(each.round, each.epsilon_rdp) for each in rounds], True),
     ]
     right = _LEFT + _WIDTH + _GAP
-    about = (
-        f"sampling probability {prediction.sampling_probability:g}, {prediction.num_steps} steps, "
-        f"δ {prediction.delta:g}; dot: this plan"
-    )
+    about = f"{describe_stages(prediction)}, δ {prediction.delta:g}; dot: this plan"
+    across = "noise multiplier" if len(prediction.stages) == 1 else "noise multiplier of the last stage"
     parts = [
         text(16, 24, f"Privacy of plan {name}", INK),
         text(16, 44, f"{about}; line: PLD, which is stated; dashed: RDP", QUIET),
-        _chart(_LEFT, "noise multiplier", "ε", by_noise, (own.noise_multiplier, own.epsilon), logarithmic=True),
+        _chart(_LEFT, across, "ε", by_noise, (own.noise_multiplier, own.epsilon), logarithmic=True),
         _chart(right, "round", "ε so far", by_round, (rounds[-1].round, rounds[-1].epsilon), logarithmic=False),
     ]
     title = f"Privacy of plan {name}: epsilon for each noise multiplier, and round by round"
     return document(right + _WIDTH + 30, _TOP + _HEIGHT + 56, title=title, body="\n".join(parts))
+
+
+def describe_stages(prediction: PrivacyPrediction) -> str:
+    """How often a unit is drawn, stage by stage."""
+    return ", then ".join(
+        f"sampling probability {stage.sampling_probability:g}, {stage.num_steps:,} steps" for stage in prediction.stages
+    )
 
 
 def _chart(

@@ -1,7 +1,10 @@
 """Predict what a plan costs in privacy: the noise for an epsilon, the epsilon for a noise, and how epsilon grows by round.
 
-All of it follows from the plan's sampling probability, steps and delta: no model, no data, no tensors. Each epsilon is
-given by both accountants, PLD (the one that is stated) and RDP (a second opinion, looser).
+All of it follows from the plan's stages (sampling probability, steps) and delta: no model, no data, no tensors. Each
+epsilon is given by both accountants, PLD (the one that is stated) and RDP (a second opinion, looser).
+
+With two stages, epsilon is that of both together. The noise for an epsilon is that of a plan that asks for it and splits it
+alike. A noise that is given is that of the last stage; the other's is scaled by as much as that is.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fedseek.dp.accounting import PrivacyParams, PrivacySpend, calibrate_noise_multiplier
+from fedseek.dp.accounting import PrivacySpend
+from fedseek.dp.composition import RunSpend, calibrate_stages
 from fedseek.dp.site_level import MECHANISM
 from fedseek.errors import UnsupportedMechanism
 from fedseek.plan import Plan
+from fedseek.plan_stages import stage_shapes
 
 TARGET_EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0)
 AROUND_THE_PLANS = (0.8, 1.25, 2.0)
@@ -26,17 +31,34 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class NoiseLevel:
-    """A noise multiplier and what the whole run costs with it.
+class StagePace:
+    """What of a stage its privacy follows from, beside its noise.
 
     Attributes:
-        noise_multiplier: standard deviation of the noise divided by the clip norm.
+        rounds, steps_per_round, num_steps: of the stage; its steps are the product of the first two.
+        sampling_probability: of a unit in a step.
+    """
+
+    rounds: int
+    steps_per_round: int
+    num_steps: int
+    sampling_probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseLevel:
+    """Noise multipliers and what the whole run costs with them.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise divided by the clip norm; of the last stage.
+        noise_multipliers: of all stages, in the order of training.
         epsilon: by PLD, what would be stated; None where no bound is found.
         epsilon_rdp: by RDP; None where no bound is found.
         target_epsilon: the noise is the least for this; None where the noise was given.
     """
 
     noise_multiplier: float
+    noise_multipliers: tuple[float, ...]
     epsilon: float | None
     epsilon_rdp: float | None
     target_epsilon: float | None = None
@@ -44,9 +66,10 @@ class NoiseLevel:
 
 @dataclass(frozen=True, slots=True)
 class RoundCost:
-    """What is spent when a round is over."""
+    """What is spent when a round is over; ``stage`` counts from 1."""
 
     round: int
+    stage: int
     steps: int
     epsilon: float | None
     epsilon_rdp: float | None
@@ -67,17 +90,17 @@ class PrivacyPrediction:
     """What :func:`predict_privacy` found.
 
     Attributes:
-        sampling_probability: of a unit in a step.
+        stages: in the order of training.
         num_steps: of the run.
         delta: the delta of (epsilon, delta).
         plan: the plan's own noise.
         noise_for_epsilon: the least noise for each epsilon asked for.
         epsilon_for_noise: the epsilon of each noise asked for.
-        by_round: some rounds, the first and the last among them.
+        by_round: some rounds, the first and the last of each stage among them.
         site_level: None when the plan has no guarantee for whole sites.
     """
 
-    sampling_probability: float
+    stages: tuple[StagePace, ...]
     num_steps: int
     delta: float
     plan: NoiseLevel
@@ -99,9 +122,9 @@ def predict_privacy(
     """Predict the privacy of ``plan`` and of plans that differ in their noise only.
 
     Args:
-        plan: its sampling probability, steps and delta.
+        plan: its stages and delta.
         epsilons: find the least noise for each.
-        noises: find the epsilon of each noise multiplier. When both are empty, some of each around the plan's.
+        noises: find the epsilon of each noise multiplier, of the last stage. When both are empty, some of each around the plan's.
         on_progress: told how many of how many figures are found.
 
     Returns:
@@ -111,7 +134,7 @@ def predict_privacy(
         UnsupportedMechanism: figures were asked for of a plan that promises nothing; or one is out of reach.
 
     Cost:
-        About a second for each figure, more with thousands of steps.
+        About a second for each figure, more with thousands of steps; with two stages, 3 to 6 s for the noise of an epsilon.
     """
     if plan.privacy is None:
         if epsilons or noises:
@@ -120,21 +143,25 @@ def predict_privacy(
                 hint='give it privacy.mechanism = "dp-sgd", an epsilon and a delta',
             )
         return None
-    own, steps = plan.privacy, plan.total_steps
+    own = _noise_of(plan)
     if not epsilons and not noises:
         epsilons = TARGET_EPSILONS
-        around = (round(own.noise_multiplier * factor, 2) for factor in AROUND_THE_PLANS)
-        noises = tuple(noise for noise in around if noise >= MIN_NOISE_MULTIPLIER)
-    rounds = _some_rounds(plan.spec.training.rounds)
+        around = (round(own[-1] * factor, 2) for factor in AROUND_THE_PLANS)
+        noises = tuple(noise for noise in around if min(_scaled(own, noise)) >= MIN_NOISE_MULTIPLIER)
+    ends = {number for stage in plan.stages for number in (stage.first_round, stage.first_round + stage.rounds - 1)}
+    rounds = sorted(ends.union(_some_rounds(plan.rounds)))
     count = _counter(on_progress, 1 + len(epsilons) + len(noises) + len(rounds))
     return PrivacyPrediction(
-        sampling_probability=own.sampling_probability,
-        num_steps=steps,
-        delta=own.delta,
-        plan=count(_level(own, own.noise_multiplier, steps, target=plan.spec.privacy.epsilon)),
-        by_round=tuple(count(_round_cost(plan, own, number)) for number in rounds),
-        noise_for_epsilon=tuple(count(_noise_for(own, epsilon, steps)) for epsilon in epsilons),
-        epsilon_for_noise=tuple(count(_level(own, noise, steps)) for noise in noises),
+        stages=tuple(
+            StagePace(stage.rounds, stage.steps_per_round, stage.num_steps, stage.sampling_probability)
+            for stage in plan.stages
+        ),
+        num_steps=plan.total_steps,
+        delta=plan.privacy.delta,
+        plan=count(_level(plan, own, target=plan.spec.privacy.epsilon)),
+        by_round=tuple(count(_round_cost(plan, number)) for number in rounds),
+        noise_for_epsilon=tuple(count(_noise_for(plan, epsilon, plan.privacy.delta)) for epsilon in epsilons),
+        epsilon_for_noise=tuple(count(_level(plan, _scaled(own, noise))) for noise in noises),
         site_level=_site_level(plan),
     )
 
@@ -144,32 +171,53 @@ def privacy_document(prediction: PrivacyPrediction | None) -> dict[str, Any] | N
     return None if prediction is None else asdict(prediction)
 
 
-def _noise_for(own: PrivacyParams, target: float, steps: int) -> NoiseLevel:
-    found = calibrate_noise_multiplier(
-        target, own.delta, sampling_probability=own.sampling_probability, num_steps=steps
-    )
-    return _level(own, found, steps, target=target)
+def _noise_of(plan: Plan) -> tuple[float, ...]:
+    """The plan's own noise multipliers, one a stage."""
+    return tuple(stage.privacy.noise_multiplier for stage in plan.stages if stage.privacy is not None)
 
 
-def _level(own: PrivacyParams, noise_multiplier: float, steps: int, *, target: float | None = None) -> NoiseLevel:
-    if noise_multiplier < MIN_NOISE_MULTIPLIER and target is None:
+def _scaled(own: Sequence[float], noise_multiplier: float) -> tuple[float, ...]:
+    """Noise multipliers of which the last is this one, in proportion to the plan's own."""
+    return tuple(each / own[-1] * noise_multiplier for each in own)
+
+
+def _noise_for(plan: Plan, target: float, delta: float) -> NoiseLevel:
+    return _level(plan, calibrate_stages(target, delta, stage_shapes(plan.spec)), target=target)
+
+
+def _level(plan: Plan, noises: Sequence[float], *, target: float | None = None) -> NoiseLevel:
+    if target is None and min(noises) < MIN_NOISE_MULTIPLIER:
         raise UnsupportedMechanism(
-            f"noise multiplier {noise_multiplier:g}, wanted {MIN_NOISE_MULTIPLIER:g} or more",
+            f"noise multiplier {' and '.join(f'{noise:g}' for noise in noises)}, wanted {MIN_NOISE_MULTIPLIER:g} or more",
             hint="with less noise epsilon is in the hundreds and promises nothing",
         )
-    spend = PrivacySpend(replace(own, noise_multiplier=noise_multiplier), steps)
-    return NoiseLevel(noise_multiplier, _finite(spend.epsilon()), _finite(spend.epsilon_rdp()), target)
+    spend = RunSpend(
+        tuple(
+            PrivacySpend(replace(stage.privacy, noise_multiplier=noise), stage.num_steps)
+            for stage, noise in zip(plan.stages, noises, strict=True)
+            if stage.privacy is not None
+        )
+    )
+    return NoiseLevel(noises[-1], tuple(noises), _finite(spend.epsilon()), _finite(spend.epsilon_rdp()), target)
 
 
-def _round_cost(plan: Plan, own: PrivacyParams, number: int) -> RoundCost:
-    spend = PrivacySpend(own, number * plan.spec.training.steps_per_round)
+def _round_cost(plan: Plan, number: int) -> RoundCost:
+    spend = plan.spend_after(number)
+    assert spend is not None  # noqa: S101 -- the caller has looked
     site = plan.site_level.epsilon(number) if plan.site_level else None
-    return RoundCost(number, spend.num_steps, _finite(spend.epsilon()), _finite(spend.epsilon_rdp()), site)
+    return RoundCost(
+        round=number,
+        stage=plan.stage_of(number).index + 1,
+        steps=spend.num_steps,
+        epsilon=_finite(spend.epsilon()),
+        epsilon_rdp=_finite(spend.epsilon_rdp()),
+        site_level_epsilon=site,
+    )
 
 
 def _site_level(plan: Plan) -> SiteLevelCost | None:
     site = plan.site_level
-    return SiteLevelCost(site.epsilon(plan.spec.training.rounds), site.delta, MECHANISM) if site else None
+    return SiteLevelCost(site.epsilon(plan.rounds), site.delta, MECHANISM) if site else None
 
 
 def _some_rounds(rounds: int) -> list[int]:

@@ -12,12 +12,25 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from fedseek.dp.guards import NO_UNNOISED_METRICS, TRAINING_GUARDS
 from fedseek.dp.site_guards import SITE_LEVEL_GUARDS
 from fedseek.errors import ReleaseRefused
-from fedseek.lora.adapter_file import adapter_config
+from fedseek.lora.adapter_file import AdapterForm, Tensors, adapter_config, trained_tensors
 from fedseek.plan import Plan
-from fedseek.statement import Check, Outcome, PrivacyStatement, missing_guards, wanted_guards
+from fedseek.plan_spec import KindSpec
+from fedseek.statement import (
+    Check,
+    Outcome,
+    PrivacyStatement,
+    by_stage,
+    describe_steps,
+    is_accounted,
+    missing_guards,
+    wanted_guards,
+)
 from fedseek.statement_page import describe_guarantee
 from fedseek.statement_words import ENGLISH
 
@@ -63,28 +76,48 @@ def released_config(plan: Plan) -> bytes:
     """The bytes of ``adapter_config.json``: they follow from the plan."""
     lora = plan.spec.lora
     return adapter_config(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        target_modules=lora.target_modules,
-        layers=lora.layers,
-        base_name=plan.spec.model.source,
+        AdapterForm(
+            method=lora.method,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            rank_stabilised=lora.rank_stabilised,
+            target_modules=plan.target_modules,
+            layers=lora.layers,
+            virtual_tokens=lora.virtual_tokens,
+            words=writes_words(plan),
+            base_name=plan.spec.model.source,
+        )
     )
 
 
-def _check_budget(plan: Plan, outcome: Outcome) -> _Checked:
-    """Steps trained = accounted, all of them in the site's ledger, and no more than epsilon was computed for.
+def released_tensors(plan: Plan, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+    """The trained ones of a released adapter, by the names that sites sign digests under.
 
-    The ledger may have more: it is entered before training, and a site that is killed in between has spent and sent nothing.
+    Raises:
+        Malformed: names that no adapter of the plan has.
+    """
+    return trained_tensors(tensors, method=plan.spec.lora.method, words=writes_words(plan))
+
+
+def writes_words(plan: Plan) -> bool:
+    """Whether any site learns words in any stage: the released adapter is then one for a causal language model."""
+    return any(map(plan.writes, plan.spec.kinds))
+
+
+def _check_budget(plan: Plan, outcome: Outcome) -> _Checked:
+    """Steps trained = accounted, all of them in the site's ledger, and no more of any stage than epsilon was computed for.
+
+    They may be fewer: a site that rests, as all do once training has stopped early, spends nothing.
     A plan that promises nothing has no budget: a run that goes on from a lost one trains some of its rounds again.
     """
-    spend, wanted = outcome.spend, f"<= {plan.total_steps}"
+    planned, trained = [stage.num_steps for stage in plan.stages], by_stage(outcome.steps)
     if plan.privacy is None:
-        return Check(name=BUDGET, wanted=NOT_ASKED, got=str(outcome.steps)), spend is None
-    accounted = spend.num_steps if spend else 0
-    same = spend is not None and spend.params == plan.privacy and outcome.steps == accounted
-    holds = same and accounted <= outcome.steps_spent <= plan.total_steps
-    told = f"{outcome.steps} trained, {accounted} accounted, {outcome.steps_spent} in the ledger"
-    return Check(name=BUDGET, wanted=wanted, got=str(outcome.steps) if holds else told), holds
+        return Check(name=BUDGET, wanted=NOT_ASKED, got=trained), outcome.spend is None
+    holds = is_accounted(plan, outcome) and all(
+        spent <= most for spent, most in zip(outcome.steps_spent, planned, strict=True)
+    )
+    got = trained if holds else describe_steps(outcome)
+    return Check(name=BUDGET, wanted=f"<= {by_stage(planned)}", got=got), holds
 
 
 def _check_guards(plan: Plan, outcome: Outcome) -> _Checked:
@@ -149,9 +182,13 @@ def _check_adapter(plan: Plan, outcome: Outcome) -> _Checked:
 
 
 def _claimed(plan: Plan, outcome: Outcome) -> float:
-    """The epsilon that is about to be stated; NaN, which passes no check, for more steps than the plan has."""
-    spend = outcome.spend
-    return spend.epsilon() if spend and spend.num_steps <= plan.total_steps else math.nan
+    """The epsilon that is about to be stated; NaN, which passes no check, for more steps of a stage than the plan has."""
+    spend, planned = outcome.spend, tuple(stage.num_steps for stage in plan.stages)
+    if spend is None or len(spend.steps) != len(planned):
+        return math.nan
+    within = all(steps <= most for steps, most in zip(spend.steps, planned, strict=True))
+    claimed = plan.claimed(spend) if within else None
+    return math.nan if claimed is None else claimed.epsilon()
 
 
 _GATE: Final[tuple[Callable[[Plan, Outcome], _Checked], ...]] = (
@@ -170,8 +207,8 @@ def model_card(
 ) -> str:
     """The README.md of a release, with the metadata block model hubs read. ``utility`` is by kind."""
     spec = plan.spec
-    heads = "\n".join(
-        f"- `{kind}`: {len(task.labels)} labels, {task.metric} on held-back rows "
+    tasks = "\n".join(
+        f"- `{kind}`: {_task(task)} on held-back rows "
         + (f"{utility[kind]:.3f}" if kind in utility else "not disclosed")
         for kind, task in spec.kinds.items()
     )
@@ -191,11 +228,11 @@ fine-tuned together without showing each other, or the coordinator, their text o
 
 - run `{run}`, plan `{plan.digest}`
 - base model `{base}`, weights sha256 `{spec.model.sha256}`
-- {spec.training.rounds} rounds of {spec.training.steps_per_round} steps
+{_stages(plan)}
 
-## Heads
+## Tasks
 
-{heads}
+{tasks}
 
 ## Privacy
 
@@ -205,9 +242,29 @@ What this means, how it was checked, and what it does not cover: [PRIVACY.md](PR
 
 ## Use
 
-```python
-from peft import PeftModel
-from transformers import AutoModel
-model = PeftModel.from_pretrained(AutoModel.from_pretrained("<base model>"), "<this folder>")
-```
+{_how_to_load(plan)}
 """
+
+
+def _task(task: KindSpec) -> str:
+    if task.task == "classify":
+        return f"{len(task.labels)} labels, {task.metric}"
+    return f"task {task.task}, no head of its own; accuracy of the next token"
+
+
+def _stages(plan: Plan) -> str:
+    return "\n".join(
+        f"- {stage.rounds} rounds of {stage.steps_per_round} steps"
+        + (f" on text of the sites' domains (`{stage.task}`)" if stage.task else "")
+        for stage in plan.stages
+    )
+
+
+def _how_to_load(plan: Plan) -> str:
+    """Where a kind learned words, as a language model."""
+    loader = "AutoModelForCausalLM" if writes_words(plan) else "AutoModel"
+    return f"""```python
+from peft import PeftModel
+from transformers import {loader}
+model = PeftModel.from_pretrained({loader}.from_pretrained("<base model>"), "<this folder>")
+```"""

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+import numpy.typing as npt
+
 from fedseek.dp.site_level import SiteLevelParams
 from fedseek.dp.site_share import noise_update
 from fedseek.encode import Float32Vector, Slots, UpdateLayout, encode_integers
@@ -28,10 +31,11 @@ def encode_noised(
 
     Args:
         updates: by scope, float32, shape (num_values,): all that this site sends in the round, since one clip is for all.
+            A scope without values gets no noise: it has nothing to hide.
         layouts: by scope.
         params: of the plan.
         packing: of the plan.
-        metrics: for the scopes that carry metrics.
+        metrics: by name; a scope takes those of its layout.
 
     Returns:
         Slots by scope, and the names of the guards that held.
@@ -40,15 +44,20 @@ def encode_noised(
         GuardTripped: the clip did not hold, or the noise is not there; nothing may be sent.
         UnsupportedMechanism: the update has too many values for the plan's grid.
     """
-    variances = {scope: share_variance(params, scope) for scope in updates}
-    noised = noise_update(updates, params, variances=variances)
+    numbers: dict[str, npt.NDArray[np.int64]] = {scope: np.zeros(0, np.int64) for scope in updates}
+    guards_passed: tuple[str, ...] = ()
+    valued = {scope: update for scope, update in updates.items() if update.size}  # noise on no values shows no guard
+    if valued:
+        noised = noise_update(valued, params, variances={scope: share_variance(params, scope) for scope in valued})
+        numbers |= noised.numbers
+        guards_passed = noised.guards_passed
     slots = {
         scope: encode_integers(
-            numbers, layouts[scope], packing=packing, metrics=metrics if layouts[scope].metrics else {}
+            each, layouts[scope], packing=packing, metrics={name: metrics[name] for name in layouts[scope].metrics}
         )
-        for scope, numbers in noised.numbers.items()
+        for scope, each in numbers.items()
     }
-    return slots, noised.guards_passed
+    return slots, guards_passed
 
 
 def share_variance(params: SiteLevelParams, scope: str) -> int:

@@ -17,22 +17,22 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from fedseek.dp import site_level
-from fedseek.dp.accounting import PrivacySpend
+from fedseek.dp.composition import RunSpend
 from fedseek.dp.guards import TRAINING_GUARDS
 from fedseek.dp.site_guards import SITE_LEVEL_GUARDS
 from fedseek.errors import Malformed, ReleaseRefused, TooLarge
 from fedseek.plan import Plan
 
-STATEMENT_VERSION: Final = 2
+STATEMENT_VERSION: Final = 3
 MAX_STATEMENT_BYTES: Final = 512 << 10  # 1024 names of at most 256 bytes, and room for the rest
-NOT_COVERED: Final = (  # of version 2: other lines are another version
+NOT_COVERED: Final = (  # of version 3: other lines are another version
     "what the adapter says about groups of people: it is meant to learn that, with or without any one of them",
     "people who appear at more than one site, or under several identifiers at one site: what they spend adds up",
     "more than one record of a person where the unit is the record",
     "other runs on the same data: their costs add up and are not counted in this statement; the site's ledger adds them up",
     "that a site took part, and how many records it holds",
-    "records held back for evaluation: their summed metrics are seen by the sites, without noise, and whether they reached "
-    "the plan's floor is told to all",
+    "records held back for evaluation: their summed metrics, and the votes to stop that follow from them, are seen by the "
+    "sites, without noise, and whether they reached the plan's floor is told to all",
     "choices made by looking at the records before training: labels, prompts, settings",
     "the base model, which was trained elsewhere",
     "noised updates where too few sites hide each other: in a sum of two sites each can subtract its own, and a round hides "
@@ -91,8 +91,22 @@ class SiteLevel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     trust_model: Text
 
 
+class StageStated(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One stage of the run, and how much of it this site trained.
+
+    Attributes:
+        noise_multiplier: None where the plan promises nothing.
+        sampling_probability: of a unit in a step.
+        num_steps: trained at this site; fewer than the plan has where it rested.
+    """
+
+    noise_multiplier: Figure | None
+    sampling_probability: Figure
+    num_steps: Count
+
+
 class PrivacyStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What one site says about its part of a run. ``epsilon`` is None when none was earned.
+    """What one site says about its part of a run. ``epsilon``, of all its stages composed, is None when none was earned.
 
     Attributes:
         plan_digest, roster_digest: hex SHA-256, as plan and roster have it.
@@ -101,12 +115,13 @@ class PrivacyStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         contributors: sites whose updates are in the adapter, in roster order.
         max_records_per_unit: a unit with more was trained on so many; None: on all.
         epsilon_second_opinion: by another proof and other code; looser.
+        stages: in the order of training, also those that this site trained nothing in.
         site_level: None where the plan asks for no such guarantee.
         audit: None where the plan asks for no canaries.
         checks: of the release gate, all of which held.
     """
 
-    version: Literal[2] = STATEMENT_VERSION
+    version: Literal[3] = STATEMENT_VERSION
     run: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     plan_digest: Hex32
     roster_digest: Hex32
@@ -123,9 +138,7 @@ class PrivacyStatement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     epsilon_second_opinion: Figure | None
     delta: Figure | None
     accountant: Text
-    noise_multiplier: Figure | None
-    sampling_probability: Figure
-    num_steps: Count
+    stages: Annotated[tuple[StageStated, ...], msgspec.Meta(min_length=1, max_length=8)]
     l2_clip_norm: Figure | None
     site_level: SiteLevel | None
     audit: CanaryAudit | None
@@ -144,9 +157,9 @@ class Outcome:
         files: SHA-256 of the adapter's files, hex, by name.
         digests: of the final tensors of the shared scopes.
         contributors: sites whose updates are in the adapter, in roster order.
-        steps: trained at this site.
+        steps: trained at this site, by stage.
         spend: as the accountant knows it; None when the plan promises nothing.
-        steps_spent: of this run, in the site's ledger; more where it was killed between spending and training.
+        steps_spent: of this run, in the site's ledger, by stage; more where it was killed between spending and training.
         guards_passed: names of the checks that held while it trained.
         audit: what the canaries told; None where there were none.
         utility: over all sites of this site's kind; None where no such figure exists. It is not told to others.
@@ -160,9 +173,9 @@ class Outcome:
     files: Mapping[str, str]
     digests: Mapping[str, bytes] = field(repr=False)
     contributors: tuple[str, ...]
-    steps: int
-    spend: PrivacySpend | None
-    steps_spent: int
+    steps: tuple[int, ...]
+    spend: RunSpend | None
+    steps_spent: tuple[int, ...]
     guards_passed: tuple[str, ...]
     audit: CanaryAudit | None
     utility: float | None
@@ -177,7 +190,7 @@ def privacy_statement(plan: Plan, outcome: Outcome, *, checks: Sequence[Check]) 
             that were accounted, or not all of them in the ledger.
     """
     check_earned(plan, outcome)
-    privacy, spend = plan.privacy, outcome.spend
+    privacy, spend = plan.privacy, plan.claimed(outcome.spend)
     return PrivacyStatement(
         run=outcome.run,
         plan_digest=plan.digest,
@@ -195,9 +208,14 @@ def privacy_statement(plan: Plan, outcome: Outcome, *, checks: Sequence[Check]) 
         epsilon_second_opinion=spend.epsilon_rdp() if spend else None,
         delta=privacy.delta if privacy else None,
         accountant=ACCOUNTANT if spend else NO_ACCOUNTANT,
-        noise_multiplier=privacy.noise_multiplier if privacy else None,
-        sampling_probability=plan.spec.training.sampling_probability,
-        num_steps=outcome.steps,
+        stages=tuple(
+            StageStated(
+                noise_multiplier=stage.privacy.noise_multiplier if stage.privacy else None,
+                sampling_probability=stage.sampling_probability,
+                num_steps=steps,
+            )
+            for stage, steps in zip(plan.stages, outcome.steps, strict=True)
+        ),
         l2_clip_norm=privacy.l2_clip_norm if privacy else None,
         site_level=_site_level(plan),
         audit=outcome.audit,
@@ -215,16 +233,43 @@ def check_earned(plan: Plan, outcome: Outcome) -> None:
         ReleaseRefused: it may not.
     """
     missing = missing_guards(plan, outcome.guards_passed)
-    accounted = outcome.spend.num_steps if outcome.spend else 0
-    of_the_plan = (outcome.spend.params if outcome.spend else None) == plan.privacy
-    same = not plan.privacy or outcome.steps == accounted <= outcome.steps_spent
-    if missing or not of_the_plan or not same:
+    if missing or not is_accounted(plan, outcome):
         raise ReleaseRefused(
-            f"site {outcome.site!r}: {outcome.steps} steps trained, {accounted} accounted, {outcome.steps_spent} in the "
-            f"ledger, guards not passed: {', '.join(missing) or 'none'}; wanted every step accounted as the plan says, and "
-            "every guard passed",
+            f"site {outcome.site!r}: steps: {describe_steps(outcome)}; guards not passed: {', '.join(missing) or 'none'}; wanted "
+            "every step accounted as the plan says, and every guard passed",
             hint="no epsilon is stated that was not earned; run again",
         )
+
+
+def is_accounted(plan: Plan, outcome: Outcome) -> bool:
+    """Whether the steps of each stage are those accounted, by the plan's mechanism, and all of them are in the ledger.
+
+    The ledger may have more: it is entered before training, and a site that is killed in between has spent and sent nothing.
+    Where the plan promises nothing, nothing may be accounted.
+    """
+    spend = outcome.spend
+    if not len(outcome.steps) == len(outcome.steps_spent) == len(plan.stages):
+        return False
+    if plan.privacy is None or spend is None:
+        return plan.privacy is None and spend is None
+    if spend.params != tuple(stage.privacy for stage in plan.stages) or spend.steps != outcome.steps:
+        return False
+    return all(steps <= spent for steps, spent in zip(outcome.steps, outcome.steps_spent, strict=True))
+
+
+def describe_steps(outcome: Outcome) -> str:
+    """Steps by stage: trained, accounted, and in the ledger."""
+    accounted = outcome.spend.steps if outcome.spend else (0,)
+    return f"{by_stage(outcome.steps)} trained, {by_stage(accounted)} accounted, {by_stage(outcome.steps_spent)} in the ledger"
+
+
+def by_stage(steps: Sequence[int]) -> str:
+    """Numbers of steps, one a stage.
+
+    >>> by_stage([67]), by_stage([40, 27])
+    ('67', '40 + 27')
+    """
+    return " + ".join(map(str, steps))
 
 
 def missing_guards(plan: Plan, passed: Sequence[str]) -> list[str]:
@@ -242,7 +287,7 @@ def _site_level(plan: Plan) -> SiteLevel | None:
     if params is None:
         return None
     return SiteLevel(
-        epsilon=params.epsilon(plan.spec.training.rounds),
+        epsilon=params.epsilon(plan.rounds),
         delta=params.delta,
         l2_clip_norm=params.l2_clip_norm,
         neighboring_relation=SITE_RELATION,
@@ -255,7 +300,13 @@ def outcome_of(plan: Plan, statement: PrivacyStatement, *, largest_value: float)
     """What the site's outcome must have been, if all of its statement is true.
 
     The figure of utility is not in it; that it reached the floor is.
+
+    Raises:
+        ReleaseRefused: it has another number of stages than the plan.
     """
+    if len(statement.stages) != len(plan.stages):
+        raise ReleaseRefused(f"stages: got {len(statement.stages)}, wanted the plan's {len(plan.stages)}")
+    steps = tuple(stage.num_steps for stage in statement.stages)
     return Outcome(
         run=statement.run,
         roster_digest=statement.roster_digest,
@@ -264,9 +315,9 @@ def outcome_of(plan: Plan, statement: PrivacyStatement, *, largest_value: float)
         files=statement.files,
         digests={scope: bytes.fromhex(digest) for scope, digest in statement.tensors.items()},
         contributors=statement.contributors,
-        steps=statement.num_steps,
-        spend=PrivacySpend(plan.privacy, statement.num_steps) if plan.privacy else None,
-        steps_spent=statement.num_steps,
+        steps=steps,
+        spend=plan.spend_of(steps),
+        steps_spent=steps,
         guards_passed=statement.guards_passed,
         audit=statement.audit,
         utility=plan.spec.kinds[statement.kind].min_utility,
@@ -289,7 +340,7 @@ def parse_statement(data: bytes) -> PrivacyStatement:
 
     Raises:
         TooLarge: longer than ``MAX_STATEMENT_BYTES``.
-        Malformed: no statement of version 2, or not in its one form.
+        Malformed: no statement of version 3, or not in its one form.
     """
     if len(data) > MAX_STATEMENT_BYTES:
         raise TooLarge(f"privacy statement: got {len(data)} bytes, wanted at most {MAX_STATEMENT_BYTES}")

@@ -16,7 +16,7 @@ from fedseek.statement_words import Words
 
 _MARKDOWN: Final = re.compile(r"([\\`*_\[\]<>|#])")
 # told in a place of their own
-_APART: Final = frozenset({"site_level", "audit", "guards_passed", "checks", "not_covered"})
+_APART: Final = frozenset({"stages", "site_level", "audit", "guards_passed", "checks", "not_covered"})
 
 
 def describe_guarantee(statement: PrivacyStatement, words: Words) -> str:
@@ -44,6 +44,11 @@ def describe_statement(statement: PrivacyStatement, words: Words) -> str:
     parts.append(
         _table(words.columns[0], [(label, shown[name]) for name, label in words.fields.items() if name in shown])
     )
+    stages = [
+        (str(number), *(_value(getattr(stage, name), words) for name in words.stage))
+        for number, stage in enumerate(statement.stages, 1)
+    ]
+    parts += [f"### {words.fields['stages']}", _table(("#", *words.stage.values()), stages)]
     parts += _part(words.fields["site_level"], statement.site_level, words.site_level, words)
     parts += _part(words.fields["audit"], statement.audit, words.audit, words)
     guards = [(f"`{name}`", words.guards.get(name, "")) for name in statement.guards_passed]

@@ -27,7 +27,7 @@ _NOT_COVERED_IN_CHINESE: Final = (
     "当隐私单元为记录时，同一个人的多于一条的记录",
     "在相同数据上的其他运行：其隐私损失会累加，不计入本声明；由参与方的台账汇总",
     "某个参与方是否参加，以及它持有多少条记录",
-    "为评估而留出的记录：各参与方可看到其指标的总和，未加噪声；是否达到计划规定的下限为各方所知",
+    "为评估而留出的记录：各参与方可看到其指标的总和，以及由此得出的停止训练的票数，均未加噪声；是否达到计划规定的下限为各方所知",
     "训练之前查看记录而作出的选择：标签、提示语、参数设置",
     "基础模型：它是在别处训练的",
     "参与方太少而不足以相互掩护时的加噪更新：两个参与方的总和中，每一方都可减去自己的部分；与协调方合谋的参与方若多于"
@@ -49,7 +49,7 @@ class Words:
         not_in_adapter: about a site whose update is not in the adapter.
         columns: heads of the tables: of fields, of guards, and of checks.
         fields: by name, what each field of the statement is called.
-        site_level, audit: the same for the fields of these two.
+        stage, site_level, audit: the same for the fields of a stage, and of these two.
         none, unlimited, colon, comma: how absence is written, and that of a limit, and what separates.
         guards, checks: by name, what each means.
         terms: what fixed texts of a statement are in this language; a text that is not here stands as it is.
@@ -65,6 +65,7 @@ class Words:
     not_in_adapter: str
     columns: tuple[tuple[str, str], tuple[str, str], tuple[str, str, str]]
     fields: Mapping[str, str] = field(repr=False)
+    stage: Mapping[str, str] = field(repr=False)
     site_level: Mapping[str, str] = field(repr=False)
     audit: Mapping[str, str] = field(repr=False)
     none: str
@@ -108,13 +109,11 @@ ENGLISH: Final = Words(
         "unit": "Unit of privacy",
         "max_records_per_unit": "Most records of a unit that were used",
         "neighboring_relation": "Neighbouring relation",
-        "epsilon": "Epsilon (privacy loss), upper bound",
+        "epsilon": "Epsilon (privacy loss) of the whole run, upper bound",
         "epsilon_second_opinion": "Epsilon by a second accountant",
         "delta": "Delta",
         "accountant": "Accountant",
-        "noise_multiplier": "Noise multiplier",
-        "sampling_probability": "Sampling probability of a unit in a step",
-        "num_steps": "Steps of training",
+        "stages": "Stages of training",
         "l2_clip_norm": "Clip norm (L2) of a unit's gradient",
         "site_level": "Guarantee for a whole site, stated apart",
         "audit": "Canary audit: lower bounds on epsilon",
@@ -122,6 +121,11 @@ ENGLISH: Final = Words(
         "checks": "Checks of the release gate",
         "trust_model": "Trust model",
         "not_covered": "Not covered",
+    },
+    stage={
+        "noise_multiplier": "Noise multiplier",
+        "sampling_probability": "Sampling probability of a unit in a step",
+        "num_steps": "Steps trained",
     },
     site_level={
         "epsilon": "Epsilon for a whole site",
@@ -158,7 +162,7 @@ ENGLISH: Final = Words(
         "site_noise_added": "the site's share of noise was in every update",
     },
     checks={
-        "budget": "Steps trained = accounted, all in the site's ledger, within the plan",
+        "budget": "Steps trained = accounted, all in the site's ledger, within the plan; by stage",
         "guards": "Guards passed",
         "epsilon": "Epsilon within what the plan promises",
         "canary-audit": "Lower bounds of the canary audit within the stated epsilon",
@@ -196,13 +200,11 @@ CHINESE: Final = Words(
         "unit": "隐私单元",
         "max_records_per_unit": "每个隐私单元最多使用的记录数",
         "neighboring_relation": "相邻关系",
-        "epsilon": "ε（隐私损失），上界",
+        "epsilon": "整个运行的 ε（隐私损失），上界",
         "epsilon_second_opinion": "另一核算方法得出的 ε",
         "delta": "δ",
         "accountant": "隐私核算方法",
-        "noise_multiplier": "噪声乘数",
-        "sampling_probability": "每步中隐私单元的采样概率",
-        "num_steps": "训练步数",
+        "stages": "训练阶段",
         "l2_clip_norm": "单个隐私单元梯度的裁剪范数（L2）",
         "site_level": "对整个参与方的保证（另行声明）",
         "audit": "金丝雀审计：ε 的下界",
@@ -210,6 +212,11 @@ CHINESE: Final = Words(
         "checks": "发布门控的检查项",
         "trust_model": "信任模型",
         "not_covered": "不在保证范围之内",
+    },
+    stage={
+        "noise_multiplier": "噪声乘数",
+        "sampling_probability": "每步中隐私单元的采样概率",
+        "num_steps": "已训练步数",
     },
     site_level={
         "epsilon": "对整个参与方的 ε",
@@ -246,7 +253,7 @@ CHINESE: Final = Words(
         "site_noise_added": "参与方的每次更新都含有其噪声份额",
     },
     checks={
-        "budget": "训练步数 = 核算步数，全部记入参与方台账，且不超出计划",
+        "budget": "训练步数 = 核算步数，全部记入参与方台账，且不超出计划（按阶段）",
         "guards": "通过的运行时校验",
         "epsilon": "ε 不超过计划的承诺",
         "canary-audit": "金丝雀审计的下界不超过所声明的 ε",

@@ -61,10 +61,7 @@ def check_tags(slots: Slots, key: bytes, *, survivors: Sequence[str], modulus: i
     Raises:
         Tampered: they are not.
     """
-    got = tuple(int(slot) for slot in slots[:NUM_TAGS])
-    content = slots.copy()
-    content[:NUM_TAGS] = 0
-    if got != _tags(content, key, survivors, modulus=modulus):
+    if tuple(slots[:NUM_TAGS].tolist()) != _tags(slots, key, survivors, modulus=modulus):
         raise Tampered(
             f"{what}: its tags are not those of the {len(survivors)} sites announced ({', '.join(survivors[:5])}"
             f"{', ...' if len(survivors) > 5 else ''})",
@@ -74,6 +71,11 @@ def check_tags(slots: Slots, key: bytes, *, survivors: Sequence[str], modulus: i
 
 
 def _tags(slots: Slots, key: bytes, sites: Sequence[str], *, modulus: int) -> tuple[int, ...]:
-    """The linear part over the slots (those of the tags are zero), and the pad of each site."""
+    """The linear part over the slots behind the tags, and the pad of each site.
+
+    A stream begins with the shorter one and tags are linear: what the first slots add is taken off again, so that no
+    copy of the vector is needed to put zeros there.
+    """
+    whole, first = mac(slots, key, modulus), mac(slots[:NUM_TAGS], key, modulus)
     pads = [pad(key, site.encode(), modulus) for site in sites]
-    return tuple((sum(parts) % modulus) for parts in zip(mac(slots, key, modulus), *pads, strict=True))
+    return tuple((total - own + sum(added)) % modulus for total, own, *added in zip(whole, first, *pads, strict=True))

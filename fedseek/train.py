@@ -13,49 +13,49 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from fedseek.batches import Allowed, Batch, Indices, by_length, make_batch, masked_logits, record_losses, token_losses
 from fedseek.dp import guards
 from fedseek.dp.accounting import PrivacyParams, PrivacySpend
 from fedseek.dp.private_step import PrivateStep, private_step
-from fedseek.dp.randomness import secret_generator
-from fedseek.dp.sampling import Draw, PoissonUnitSampler
+from fedseek.dp.randomness import generator_at, place_of, secret_generator
+from fedseek.dp.sampling import PoissonUnitSampler
+from fedseek.dp.workers import Workers
 from fedseek.errors import InvalidRecords
+from fedseek.optimiser import make_optimizer, set_rates
+from fedseek.physical_batch import PhysicalBatch, bytes_per_record, fits, fitting, free_memory, in_pieces
+from fedseek.plain_step import PlainStep
+from fedseek.progress import OnProgress, Progress, put_back, take_optimiser, take_values, trained_tensors
 from fedseek.records import TokenisedRecords
+from fedseek.train_settings import TrainingSettings
 
-Indices = NDArray[np.int64]
-Allowed = NDArray[np.bool_]
+__all__ = [
+    "Allowed",
+    "Batch",
+    "Indices",
+    "OnProgress",
+    "PlainStep",
+    "PrivateStep",
+    "Progress",
+    "TrainingOutcome",
+    "TrainingSettings",
+    "Workers",
+    "by_length",
+    "make_batch",
+    "masked_logits",
+    "record_losses",
+    "token_losses",
+    "train_round",
+]
 
-_HEAD = "head."
 _NUM_PROBED = 4
 
-
-@dataclass(frozen=True, slots=True)
-class TrainingSettings:
-    """How a round trains; equal at every site.
-
-    Attributes:
-        sampling_probability: chance of each privacy unit to be in a step.
-        num_steps: steps of the round.
-        learning_rate: of the adapter.
-        head_learning_rate: of tensors whose name contains ``head.``.
-        physical_batch_size: records on the device at once; does not change the result.
-        optimiser: ``adam`` (AdamW when weight decay is set) or ``sgd``.
-        weight_decay: decoupled for adam.
-    """
-
-    sampling_probability: float
-    num_steps: int
-    learning_rate: float
-    head_learning_rate: float
-    physical_batch_size: int = 64
-    optimiser: Literal["adam", "sgd"] = "adam"
-    weight_decay: float = 0.0
+LossesOf = Callable[[Indices], torch.Tensor]
+OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,9 @@ class TrainingOutcome:
     Attributes:
         spend: privacy spent over the run so far; None when not private.
         guards_passed: names for the privacy statement, sorted; empty when not private.
-        num_steps: steps of this round.
-        seconds: wall time of this round.
+        num_steps: steps of this round, those of a process that was killed in it included.
+        seconds: wall time of this round, as far as this process played it.
+        physical_batch_size: records that were on the device at once at the end.
         mean_loss: over the records trained on, nan if none was drawn. Un-noised: never leaves the site of a private run.
     """
 
@@ -74,26 +75,8 @@ class TrainingOutcome:
     guards_passed: tuple[str, ...]
     num_steps: int
     seconds: float
+    physical_batch_size: int
     mean_loss: float = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Some records on the model's device, padded to the longest of them.
-
-    Attributes:
-        record_indices: shape (B,), which records they are.
-        input_ids: shape (B, T), int64, 0 where padded.
-        attention_mask: shape (B, T), int64, 1 for tokens and 0 for padding.
-        labels: shape (B,), int64.
-        allowed: shape (B, num_labels), labels the record may have; None for all.
-    """
-
-    record_indices: Indices = field(repr=False)
-    input_ids: torch.Tensor = field(repr=False)
-    attention_mask: torch.Tensor = field(repr=False)
-    labels: torch.Tensor = field(repr=False)
-    allowed: torch.Tensor | None = field(repr=False)
 
 
 def train_round(
@@ -107,15 +90,18 @@ def train_round(
     seed: int | None = None,
     allowed: Allowed | None = None,
     expected_units: float | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
+    workers: Workers | None = None,
+    resume: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TrainingOutcome:
     """Train ``model`` in place for one round.
 
     Run by a site.
 
     Args:
-        model: maps input_ids and attention_mask, both (B, T), to logits (B, num_labels); what is to be trained requires
-            a gradient.
+        model: maps input_ids and attention_mask, both (B, T), to logits (B, num_labels), or with the counted tokens
+            (B, T) to their logits (n, vocabulary); what is to be trained requires a gradient.
         records: of the site.
         settings: from the plan.
         privacy: from the plan; None trains by the same sampler without clipping and noise, and states nothing.
@@ -126,6 +112,10 @@ def train_round(
         expected_units: units that the step's divisor counts; None for those in ``records``. Given where their number
             depends on what must not show, as on coins.
         on_step: called after each step with its number, from 1, and the number of steps.
+        workers: the processes that take the steps of this round together; None for this process alone.
+        resume: how far a process that was killed had come in this very round, from the weights that ``model`` has now;
+            the steps it took are not taken again.
+        on_progress: called after each step, to keep what ``resume`` takes.
 
     Guarantees:
         When private, each privacy unit is protected by ``(outcome.spend.epsilon(), privacy.delta)`` over the run, under
@@ -134,88 +124,111 @@ def train_round(
     Raises:
         GuardTripped: the guarantee does not hold; the model must be thrown away.
         InvalidRecords: there are no records, or not a label for each.
-        ValueError: a seed for a private run, or a spend without privacy.
+        Malformed: ``resume`` does not fit the model or the round.
+        OutOfMemory: not even one record at a time fits.
+        ValueError: a seed or a bound on the gradient for a private run, or a spend without privacy.
     """
-    _check_arguments(records, privacy, spend, seed)
+    _check_arguments(records, settings, privacy, spend, seed)
     began = time.perf_counter()
-    generator = secret_generator() if seed is None else np.random.default_rng(seed)
+    generator = _draws(seed, resume)
     sampler = PoissonUnitSampler(records.units, settings.sampling_probability, generator=generator)
-    divisor = sampler.expected_batch_size
-    if expected_units is not None:
-        divisor = settings.sampling_probability * expected_units
-    with _training_mode(model), _dropout_seed(seed), _open_step(model, settings, privacy, divisor) as step:
-        num_drawn, mean_loss = _take_steps(step, records, sampler, settings, allowed, on_step)
+    divisor = settings.sampling_probability * (sampler.num_units if expected_units is None else expected_units)
+    optimizer = make_optimizer(model, settings)
+    opened = _open_step(model, optimizer, settings, privacy, divisor, workers)
+    with _training_mode(model), _dropout_seed(seed), opened as step:
+        losses_of = _losses_of(step.model, records, settings, allowed)
+        batch = _prepare(step, model, records, settings, losses_of, divisor)
+        round_ = _Round(model, step, optimizer, sampler, losses_of, batch, workers, seeded=seed is not None)
+        round_.begin(resume, settings.num_steps)
+        _take_steps(round_, records, settings, on_step, on_progress)
         if isinstance(step, PrivateStep) and privacy is not None:
             step.finish()
             spend = (spend or PrivacySpend(privacy)).after(settings.num_steps)
-            _check_round(step, privacy, spend, sampler, num_drawn=num_drawn, steps_before=steps_before)
+            _check_round(step, privacy, spend, sampler, num_drawn=round_.num_drawn, steps_before=steps_before)
     return TrainingOutcome(
         spend=spend,
         guards_passed=tuple(sorted(step.passed)),
         num_steps=step.num_steps,
         seconds=time.perf_counter() - began,
-        mean_loss=mean_loss,
+        physical_batch_size=batch.size,
+        mean_loss=round_.loss_sum / round_.num_drawn if round_.num_drawn else math.nan,
     )
 
 
-class PlainStep:
-    """The way to take a step without privacy: the gradient of the same sum, neither clipped nor noised."""
+@dataclass(slots=True)
+class _Round:
+    """A round under way; ``step.model`` is ``model``, wrapped when private."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, expected_batch_size: float) -> None:
-        self.model = model
-        self._optimizer = optimizer
-        self._expected_batch_size = expected_batch_size
-        self.passed: set[str] = set()
-        self.num_steps = 0
+    model: nn.Module
+    step: PrivateStep | PlainStep
+    optimizer: torch.optim.Optimizer
+    sampler: PoissonUnitSampler
+    losses_of: LossesOf
+    batch: PhysicalBatch
+    workers: Workers | None
+    seeded: bool
+    num_drawn: int = 0
+    loss_sum: float = 0.0
 
-    def accumulate(self, losses: torch.Tensor, record_indices: Indices) -> None:
-        """Add the gradients of a micro-batch to the step."""
-        (losses.sum() / self._expected_batch_size).backward()  # type: ignore[no-untyped-call]
+    def begin(self, resume: Progress | None, num_steps: int) -> None:
+        """Go on where another process came to; the draws have been set to there already, if they are not seeded."""
+        if resume is None:
+            return
+        put_back(resume, trained_tensors(self.model), self.optimizer, num_steps=num_steps)
+        self.step.resume(resume.step, resume.guards_passed)
+        self.num_drawn, self.loss_sum = resume.num_drawn, resume.loss_sum
+        for number in range(resume.step if self.seeded else 0):
+            self.sampler.draw(number)
 
-    def apply(self, draw: Draw) -> None:
-        """Move the tensors; nothing moves if nothing was drawn."""
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self.num_steps += 1
+    def take(self, records: TokenisedRecords, number: int) -> None:
+        """Take step ``number``."""
+        draw = self.sampler.draw(number)
+        mine = draw.record_indices
+        if self.workers is not None:
+            draw = self.workers.agree(draw)
+            mine = self.workers.share(draw.record_indices)
+        losses = [torch.zeros((), device=next(self.model.parameters()).device)]
 
+        def take(indices: Indices) -> None:
+            of_records = self.losses_of(indices)
+            loss = of_records.detach().sum()  # before it counts: nothing after may run out of memory
+            self.step.accumulate(of_records, indices)
+            losses.append(loss)
 
-def make_batch(
-    records: TokenisedRecords, record_indices: Indices, *, device: torch.device, allowed: Allowed | None = None
-) -> Batch:
-    """Put some records on a device as one padded batch, in the order given."""
-    rows = [records.input_ids[i] for i in record_indices]
-    lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.zeros(mask.shape, dtype=np.int64)
-    ids[mask] = np.concatenate(rows)
-    return Batch(
-        record_indices=record_indices,
-        input_ids=torch.from_numpy(ids).to(device),
-        attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
-        labels=torch.from_numpy(records.labels[record_indices]).to(device),
-        allowed=None if allowed is None else torch.from_numpy(allowed[record_indices]).to(device),
-    )
+        in_pieces(by_length(records, mine), self.batch, take=take, forget=self.forget)
+        self.step.apply(draw)
+        loss = torch.stack(losses).sum()
+        if self.workers is not None:
+            self.workers.add([loss])
+        self.num_drawn += len(draw.record_indices)
+        self.loss_sum += float(loss)
 
+    def forget(self) -> None:
+        """Free what a micro-batch left behind that did not fit."""
+        self.step.forget()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # its blocks are of sizes that the smaller batch will not ask for
 
-def by_length(records: TokenisedRecords, record_indices: Indices) -> Indices:
-    """The same records, longest first, so that batches cut from them carry little padding."""
-    lengths = np.array([len(records.input_ids[i]) for i in record_indices], dtype=np.int64)
-    return record_indices[np.argsort(-lengths, kind="stable")]
-
-
-def masked_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Logits, shape (B, num_labels), minus infinity where a label is not allowed."""
-    logits: torch.Tensor = model(batch.input_ids, batch.attention_mask)
-    return logits if batch.allowed is None else logits.masked_fill(~batch.allowed, -math.inf)
-
-
-def record_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of each record by itself, shape (B,): no mean, so that no record's gradient depends on another."""
-    return nn.functional.cross_entropy(masked_logits(model, batch), batch.labels, reduction="none")
+    def snapshot(self) -> Progress:
+        """How far the round has come."""
+        trained = trained_tensors(self.model)
+        return Progress(
+            step=self.step.num_steps,
+            trained=take_values(trained),
+            optimiser=take_optimiser(trained, self.optimizer),
+            num_drawn=self.num_drawn,
+            loss_sum=self.loss_sum,
+            guards_passed=tuple(sorted(self.step.passed)),
+            draws=b"" if self.seeded else place_of(self.sampler.generator),
+        )
 
 
 def _check_arguments(
-    records: TokenisedRecords, privacy: PrivacyParams | None, spend: PrivacySpend | None, seed: int | None
+    records: TokenisedRecords,
+    settings: TrainingSettings,
+    privacy: PrivacyParams | None,
+    spend: PrivacySpend | None,
+    seed: int | None,
 ) -> None:
     if len(records) == 0 or not len(records.input_ids) == len(records.labels) == len(records.units):
         raise InvalidRecords(
@@ -224,46 +237,82 @@ def _check_arguments(
         )
     if privacy is not None and seed is not None:
         raise ValueError("a seed was given for a private run: who is drawn must stay unknown")
+    if privacy is not None and settings.max_gradient_norm is not None:
+        raise ValueError("max_gradient_norm was given for a private run, which clips the gradient of each record")
     if spend is not None and privacy != spend.params:
         raise ValueError("the spend is of another mechanism than this round's")
 
 
-def _take_steps(
-    step: PrivateStep | PlainStep,
-    records: TokenisedRecords,
-    sampler: PoissonUnitSampler,
-    settings: TrainingSettings,
-    allowed: Allowed | None,
-    on_step: Callable[[int, int], None] | None,
-) -> tuple[int, float]:
-    """Take the steps of a round; return the number of records drawn and their mean loss."""
-    device = next(step.model.parameters()).device
-    num_drawn, total_loss = 0, torch.zeros((), dtype=torch.float64, device=device)
+def _draws(seed: int | None, resume: Progress | None) -> np.random.Generator:
+    if seed is not None:
+        return np.random.default_rng(seed)
+    return secret_generator() if resume is None else generator_at(resume.draws)
+
+
+def _losses_of(
+    model: nn.Module, records: TokenisedRecords, settings: TrainingSettings, allowed: Allowed | None
+) -> LossesOf:
+    device = next(model.parameters()).device
 
     def losses_of(indices: Indices) -> torch.Tensor:
-        return record_losses(step.model, make_batch(records, indices, device=device, allowed=allowed))
+        batch = make_batch(records, indices, device=device, allowed=allowed)
+        return record_losses(model, batch, label_smoothing=settings.label_smoothing)
 
+    return losses_of
+
+
+def _prepare(
+    step: PrivateStep | PlainStep,
+    model: nn.Module,
+    records: TokenisedRecords,
+    settings: TrainingSettings,
+    losses_of: LossesOf,
+    expected: float,
+) -> PhysicalBatch:
+    """Check that records are not coupled, and find how many fit on the device; nothing is trained."""
+    batch = PhysicalBatch(settings.physical_batch_size or max(1, math.ceil(expected)))
+    ordered = by_length(records, np.arange(len(records), dtype=np.int64))
     if isinstance(step, PrivateStep):
-        step.probe(losses_of, _spread(records))
-    for number in range(settings.num_steps):
-        draw = sampler.draw(number)
-        ordered = by_length(records, draw.record_indices)
-        for first in range(0, len(ordered), settings.physical_batch_size):
-            indices = ordered[first : first + settings.physical_batch_size]
-            losses = losses_of(indices)
-            step.accumulate(losses, indices)
-            total_loss += losses.detach().sum()
-        step.apply(draw)
-        num_drawn += len(ordered)
+        # from the longest to the shortest: where padding or a mean over tokens would show most
+        probed = ordered[np.unique(np.linspace(0, len(ordered) - 1, _NUM_PROBED).astype(np.int64))]
+        while not fits(probed, lambda indices: step.probe(losses_of, indices)):
+            step.forget()
+            batch.halve(len(probed))  # down to 1: records that never meet in a batch are not coupled by it
+            probed = probed[: batch.size]
+    if settings.physical_batch_size is None:
+        longest = ordered[:1]
+        needed = bytes_per_record(
+            model,
+            losses_of,
+            longest,
+            num_logits=_num_logits(model, records, longest),
+            private=isinstance(step, PrivateStep),
+        )
+        step.forget()
+        batch.size = min(batch.size, fitting(free_memory(next(model.parameters()).device), needed, expected=expected))
+    return batch
+
+
+def _num_logits(model: nn.Module, records: TokenisedRecords, longest: Indices) -> int:
+    vocabulary = int(getattr(getattr(model, "lm_head", None), "out_features", 0))
+    return 0 if records.counted is None else int(records.counted[longest[0]].sum()) * vocabulary
+
+
+def _take_steps(
+    round_: _Round,
+    records: TokenisedRecords,
+    settings: TrainingSettings,
+    on_step: OnStep | None,
+    on_progress: OnProgress | None,
+) -> None:
+    """Take the steps of the round that are left."""
+    for number in range(round_.step.num_steps, settings.num_steps):
+        set_rates(round_.optimizer, settings, number)
+        round_.take(records, number)
         if on_step is not None:
             on_step(number + 1, settings.num_steps)
-    return num_drawn, float(total_loss) / num_drawn if num_drawn else math.nan
-
-
-def _spread(records: TokenisedRecords) -> Indices:
-    """A few records, from the longest to the shortest: where padding or a mean over tokens would show most."""
-    ordered = by_length(records, np.arange(len(records), dtype=np.int64))
-    return ordered[np.unique(np.linspace(0, len(ordered) - 1, _NUM_PROBED).astype(np.int64))]
+        if on_progress is not None:
+            on_progress(number + 1, settings.num_steps, round_.snapshot)
 
 
 def _check_round(
@@ -312,23 +361,16 @@ def _dropout_seed(seed: int | None) -> Iterator[None]:
 
 
 def _open_step(
-    model: nn.Module, settings: TrainingSettings, privacy: PrivacyParams | None, divisor: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainingSettings,
+    privacy: PrivacyParams | None,
+    divisor: float,
+    workers: Workers | None,
 ) -> AbstractContextManager[PrivateStep | PlainStep]:
-    optimizer = _make_optimizer(model, settings)
-    if privacy is None:
-        return nullcontext(PlainStep(model, optimizer, expected_batch_size=divisor))
-    return private_step(model, optimizer, privacy=privacy, expected_batch_size=divisor)
-
-
-def _make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """Two groups: the adapter, and the head with a learning rate of its own."""
-    trainable = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
-    guards.check_something_to_train(bool(trainable))
-    groups = [
-        {"params": [tensor for name, tensor in trainable if _HEAD not in name], "lr": settings.learning_rate},
-        {"params": [tensor for name, tensor in trainable if _HEAD in name], "lr": settings.head_learning_rate},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if settings.optimiser == "sgd":
-        return torch.optim.SGD(groups, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    if privacy is not None:
+        return private_step(model, optimizer, privacy=privacy, expected_batch_size=divisor, workers=workers)
+    bound = settings.max_gradient_norm
+    return nullcontext(
+        PlainStep(model, optimizer, expected_batch_size=divisor, max_gradient_norm=bound, workers=workers)
+    )

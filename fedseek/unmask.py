@@ -17,7 +17,8 @@ from fedseek.aggregate import Aggregate
 from fedseek.cohort import Federation, RoundGraph
 from fedseek.deal import mask_private_key, pairwise_seed, secret_digest, share_digest
 from fedseek.errors import CohortTooSmall, Malformed
-from fedseek.he.ciphertext import subtract_slots
+from fedseek.he.ciphertext import CiphertextForm, load_ciphertext, save_ciphertext, subtract_slots
+from fedseek.he.sealfile import scratch
 from fedseek.identity.signing import CONTEXT_UNMASK, verify
 from fedseek.mask import add_pairwise_mask, add_self_mask
 from fedseek.messages import MASK_KEY, SELF_MASK, RoundKeys, SharesDealt, SharesRevealed
@@ -150,10 +151,13 @@ def unmask_sum(
         CohortTooSmall, Malformed: as ``rebuild_seeds``; the sum is as it was.
     """
     self_seeds, mask_seeds = rebuild_seeds(revealed, record, federation)
-    ciphertexts, slot_count = aggregate.sums[GLOBAL_SCOPE], aggregate.params.slot_count
-    mask = total_mask(self_seeds, mask_seeds, record, federation, num_slots=len(ciphertexts) * slot_count)
-    for place, ciphertext in enumerate(ciphertexts):
-        subtract_slots(aggregate.params, ciphertext, mask[place * slot_count : (place + 1) * slot_count])
+    params, sums, slot_count = aggregate.params, aggregate.sums[GLOBAL_SCOPE], aggregate.params.slot_count
+    mask = total_mask(self_seeds, mask_seeds, record, federation, num_slots=len(sums) * slot_count)
+    with scratch() as through:
+        for place, data in enumerate(sums):
+            ciphertext = load_ciphertext(params, data, form=CiphertextForm.SUMMED, through=through)
+            subtract_slots(params, ciphertext, mask[place * slot_count : (place + 1) * slot_count])
+            sums[place] = save_ciphertext(ciphertext, through)
 
 
 def _rebuild(

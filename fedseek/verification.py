@@ -41,12 +41,11 @@ from fedseek.lora.adapter_file import (
     WEIGHTS_FILE,
     largest_value,
     read_adapter,
-    trained_tensors,
 )
 from fedseek.lora.digest import tensors_digest
 from fedseek.messages import release_message
 from fedseek.plan import GLOBAL_SCOPE, Plan
-from fedseek.release import approvals_wanted, check_release, released_config
+from fedseek.release import approvals_wanted, check_release, released_config, released_tensors
 from fedseek.statement import PrivacyStatement, outcome_of, privacy_statement
 
 # Epsilon is worked out by FFT, whose last bits differ between machines and versions. Nobody's privacy hangs on this much.
@@ -170,13 +169,13 @@ def _check_adapter(release: Release, statement: PrivacyStatement) -> float:
         raise ReleaseRefused(f"{CONFIG_FILE}: is not the configuration that follows from {PLAN_FILE}")
     with naming(WEIGHTS_FILE):
         tensors = read_adapter(release.files[WEIGHTS_FILE])
-    got = tensors_digest(trained_tensors(tensors, method=release.plan.spec.lora.method)).hex()
+        got = tensors_digest(released_tensors(release.plan, tensors)).hex()
     wanted = statement.tensors.get(GLOBAL_SCOPE)
     if got != wanted:
         raise ReleaseRefused(
             f"{WEIGHTS_FILE}: its trained tensors have digest {got}, {statement_file(statement.site)} is of {wanted}"
         )
-    return largest_value(tensors)
+    return largest_value(tensors, seed=release.plan.seed_for("lora"))
 
 
 def _check_statement(federation: Federation, statement: PrivacyStatement, largest: float) -> None:

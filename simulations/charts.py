@@ -7,10 +7,12 @@ serves light, dark and print. The same figures give the same bytes on every run.
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from matplotlib import rc_context
@@ -70,6 +72,7 @@ def lines_by_round(
     top: float | None = None,
     width: float = 4.6,
     label_share: float = 0.22,
+    stages: Sequence[tuple[int, str]] = (),
 ) -> str:
     """Draw one chart: a line per entry of ``lines`` over the rounds, labelled at its end; the vertical axis has its 0.
 
@@ -80,13 +83,16 @@ def lines_by_round(
         top: upper limit of the vertical axis; None leaves it to the data.
         width: inches at 72 points.
         label_share: share of the width kept for the labels.
+        stages: first value and name of each stage, where there are several: what is measured is not the same in them, so
+            lines are broken where one begins, and the name is written there.
 
     Returns:
         An ``<svg>`` element.
     """
 
     def draw(axes: Axes) -> None:
-        ends = [_draw_line(axes, values, colour=colour) for _, colour, values in lines]
+        breaks = [first for first, _ in stages]
+        ends = [_draw_line(axes, values, colour=colour, breaks=breaks) for _, colour, values in lines]
         # headroom, so that a line at the very top keeps its full width and its dot
         axes.set_ylim(0, 1.03 * (axes.get_ylim()[1] if top is None else top))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=MAX_TURNS, integer=True))
@@ -94,6 +100,8 @@ def lines_by_round(
         axes.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_xlabel("round", color=COLOURS["quiet"], labelpad=2)
+        for first, name_of_stage in stages:
+            _mark_stage(axes, first, name_of_stage)
         _label_ends(axes, [(label, colour, end) for (label, colour, _), end in zip(lines, ends, strict=True) if end])
 
     box = (0.4 / width, 0.19, 1 - label_share - 0.4 / width, 0.77)
@@ -144,7 +152,9 @@ def spread(heights: Sequence[float], *, low: float, high: float, gap: float) -> 
     return placed
 
 
-def _draw_line(axes: Axes, values: Sequence[float | None], *, colour: str) -> tuple[float, float] | None:
+def _draw_line(
+    axes: Axes, values: Sequence[float | None], *, colour: str, breaks: Sequence[int] = ()
+) -> tuple[float, float] | None:
     """Draw a line with a dot at its end; return the end, or None if there is nothing to draw."""
     points = [(float(turn), value) for turn, value in enumerate(values) if value is not None]
     if not points:
@@ -154,9 +164,27 @@ def _draw_line(axes: Axes, values: Sequence[float | None], *, colour: str) -> tu
     if colour == "quiet":  # a limit, not a measurement
         axes.plot(turns, heights, color=COLOURS[colour], linewidth=1.2, linestyle=(0, (4, 3)))
         return points[-1]
-    axes.plot(turns, heights, color=COLOURS[colour], linewidth=2.6 if strong else 1.6, zorder=4 if strong else 3)
+    for part in _parts(points, breaks):
+        axes.plot(
+            *zip(*part, strict=True), color=COLOURS[colour], linewidth=2.6 if strong else 1.6, zorder=4 if strong else 3
+        )
     axes.plot(turns[-1:], heights[-1:], "o", color=COLOURS[colour], markersize=5 if strong else 4, zorder=5)
     return points[-1]
+
+
+def _parts(points: Sequence[tuple[float, float]], breaks: Sequence[int]) -> list[list[tuple[float, float]]]:
+    """Points before, between and from the breaks on; parts without points are left out."""
+    edges = [-math.inf, *sorted(breaks), math.inf]
+    parts = ([point for point in points if low <= point[0] < high] for low, high in pairwise(edges))
+    return [part for part in parts if part]
+
+
+def _mark_stage(axes: Axes, first: int, name: str) -> None:
+    """A line before the first value of a stage, and its name at the top."""
+    if first:
+        axes.axvline(first - 0.5, color=COLOURS["quiet"], linewidth=0.8, linestyle=(0, (2, 2)))
+    at = (max(first - 0.5, axes.get_xlim()[0]), axes.get_ylim()[1])
+    axes.annotate(name, at, color=COLOURS["quiet"], fontsize=9, va="top", xytext=(4, -1), textcoords="offset points")
 
 
 def _label_ends(axes: Axes, ends: Iterable[tuple[str, str, tuple[float, float]]]) -> None:

@@ -36,11 +36,25 @@ def simulate(scenario: Path, rounds: int | None, out: Path, as_json: bool, verbo
     if checked.spec.synthetic is None:
         for site in checked.spec.sites:  # a wrong file is named before anything is written or started
             read_site_data(checked, site)
-    folder = create_run_folder(scenario, checked, out, rounds=rounds)
     console = Console(stderr=True)
+    checked = with_small_model(scenario, checked, console, rounds=rounds)
+    folder = create_run_folder(scenario, checked, out, rounds=rounds)
     console.print(f"[bold]{checked.plan.spec.name}[/bold]: {len(checked.spec.sites)} sites, run folder {folder}")
     play_engine(folder, checked, console, verbose=verbose)
     conclude(folder, checked, console, as_json=as_json)
+
+
+def with_small_model(file: Path, scenario: Scenario, console: Console, *, rounds: int | None) -> Scenario:
+    """The scenario with its small model built, if it has one: the plan then names the model by folder and digest.
+
+    Raises:
+        InvalidRecords: texts to pretrain on are missing or too few.
+    """
+    if scenario.spec.small_model is None:
+        return scenario
+    from simulations.small_model import build_with_progress
+
+    return load_scenario(file, rounds=rounds, model=build_with_progress(scenario, console))
 
 
 def conclude(folder: Path, scenario: Scenario, console: Console, *, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from fedseek.plan import Plan
 from simulations.events import coordinator_log, site_log
 from simulations.scenario import Scenario
 from simulations.summary import (
+    AnswerScores,
     Baselines,
     CoordinatorRound,
     Encryption,
@@ -26,13 +27,16 @@ from simulations.summary import (
     Privacy,
     ReleaseFacts,
     Round,
+    SiteAnswers,
     SiteFacts,
     SitePhases,
     SiteRound,
+    StageFacts,
+    StagePrivacy,
     Summary,
     Totals,
-    with_verdicts,
 )
+from simulations.verdicts import with_verdicts
 
 VERSIONED = ("fedseek", "flwr", "torch", "transformers", "peft", "opacus", "tenseal", "cryptography")
 PHASES = ("train", "encode", "tag", "mask", "encrypt", "shares", "decrypt", "apply", "evaluate")
@@ -61,7 +65,9 @@ def collect_summary(folder: Path, scenario: Scenario, baselines: Baselines) -> S
             encryption=_encryption(plan, reports),
             privacy=_privacy(plan),
             rounds=tuple(rounds),
+            stages=_stages(plan),
             baselines=baselines,
+            answers=tuple(_answers(scenario, reports)),
             totals=_totals(plan, coordinator, rounds, values),
             peak_rss_mb=PeakMemory(coordinator=finished["coordinator_rss_mb"], site_max=finished["site_rss_mb"]),
             release=_release(folder, reports, values),
@@ -72,7 +78,7 @@ def collect_summary(folder: Path, scenario: Scenario, baselines: Baselines) -> S
 def collect_rounds(scenario: Scenario, reports: Mapping[str, list[Event]], coordinator: list[Event]) -> list[Round]:
     """Round 0 is the state before training; round r ends when its sum has been applied at every site."""
     rounds = []
-    for number in range(scenario.plan.spec.training.rounds + 1):
+    for number in range(scenario.plan.rounds + 1):
         sites = tuple(
             _site_round(scenario, site.name, site.kind, reports[site.name], number) for site in scenario.spec.sites
         )
@@ -112,7 +118,9 @@ def _site_round(scenario: Scenario, site: str, kind: str, events: list[Event], n
         site=site,
         utility=utility["utility"] if utility else None,
         metric=scenario.plan.spec.kinds[kind].metric,
+        task=utility.get("task", "classify") if utility else scenario.plan.task_in(kind, number + 1),
         loss=utility["loss"] if utility else None,
+        perplexity=utility.get("perplexity") if utility else None,
         epsilon=work["epsilon"] if work else (0.0 if scenario.plan.privacy else None),
         bytes_up=work["bytes_up"] if work else 0,
         bytes_down=applied["bytes_down"] if applied else 0,
@@ -166,7 +174,34 @@ def _site_facts(scenario: Scenario, reports: Mapping[str, list[Event]]) -> Itera
             records=data["records"],
             held_back_records=data["held_back_records"],
             units=data["units"],
+            task=scenario.plan.spec.kinds[site.kind].task,
         )
+
+
+def _stages(plan: Plan) -> tuple[StageFacts, ...]:
+    return tuple(
+        StageFacts(
+            task=stage.task,
+            first_round=stage.first_round,
+            rounds=stage.rounds,
+            steps_per_round=stage.steps_per_round,
+        )
+        for stage in plan.stages
+    )
+
+
+def _answers(scenario: Scenario, reports: Mapping[str, list[Event]]) -> Iterable[SiteAnswers]:
+    """The scores of each site that answered; its answers themselves stay in its own report."""
+    for site in scenario.spec.sites:
+        told = [event for event in reports[site.name] if event["event"] == "answers"]
+        if told:
+            base = next((_scores(event) for event in told if event["round"] == 0), None)
+            adapter = next((_scores(event) for event in reversed(told) if event["round"] > 0), None)
+            yield SiteAnswers(site=site.name, base=base, adapter=adapter)
+
+
+def _scores(event: Event) -> AnswerScores:
+    return AnswerScores(**{field: event[field] for field in AnswerScores.model_fields})
 
 
 def _encryption(plan: Plan, reports: Mapping[str, list[Event]]) -> Encryption:
@@ -196,8 +231,18 @@ def _privacy(plan: Plan) -> Privacy | None:
         delta=plan.privacy.delta,
         noise_multiplier=plan.privacy.noise_multiplier,
         sampling_probability=plan.privacy.sampling_probability,
-        steps_per_round=plan.spec.training.steps_per_round,
+        steps_per_round=plan.stages[-1].steps_per_round,
         l2_clip_norm=plan.privacy.l2_clip_norm,
+        earlier_stages=tuple(
+            StagePrivacy(
+                rounds=stage.rounds,
+                steps_per_round=stage.steps_per_round,
+                sampling_probability=stage.sampling_probability,
+                noise_multiplier=stage.privacy.noise_multiplier,
+            )
+            for stage in plan.stages[:-1]
+            if stage.privacy is not None
+        ),
     )
 
 
@@ -207,7 +252,7 @@ def _totals(plan: Plan, coordinator: list[Event], rounds: list[Round], values: M
     aggregate = sum(event["seconds"] for event in coordinator if event["event"] == "aggregated")
     unmask = sum(event["seconds"] for event in coordinator if event["event"] == "unmasked")
     # plain FedAvg sends every value up as float32, every round
-    plain = 4 * plan.spec.training.rounds * sum(sum(by_scope.values()) for by_scope in values.values())
+    plain = 4 * plan.rounds * sum(sum(by_scope.values()) for by_scope in values.values())
     return Totals(
         seconds=coordinator[-1]["t"] - coordinator[0]["t"],
         bytes_up=sum(site.bytes_up for site in sites),

@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 from rich.console import Console
 
-from simulations.cli import conclude
+from simulations.cli import conclude, with_small_model
 from simulations.consortium import (
     ask_for_run,
     check_released,
@@ -52,9 +52,9 @@ def up(scenario: Path, rounds: int | None, out: Path, keep: bool, as_json: bool,
     plans, is left out: whoever runs this is all of them.
     """
     os.environ.update(QUIET)
-    checked = load_scenario(scenario, rounds=rounds)
-    folder = create_run_folder(scenario, checked, out, rounds=rounds)
     console = Console(stderr=True)
+    checked = with_small_model(scenario, load_scenario(scenario, rounds=rounds), console, rounds=rounds)
+    folder = create_run_folder(scenario, checked, out, rounds=rounds)
     console.print(
         f"[bold]{checked.plan.spec.name}[/bold]: coordinator and {len(checked.spec.sites)} sites, run folder {folder}",
         soft_wrap=True,

@@ -27,7 +27,7 @@ from fedseek_site.config import POLICY_FILE
 from fedseek_site.enrol import create_site, join, make_join_request
 
 LOOPBACK: Final = "127.0.0.1"
-TEXT, LABEL, UNIT = "text", "label", "unit"
+TEXT, LABEL, UNIT, MESSAGES = "text", "label", "unit", "messages"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def coordinator_settings(port: int) -> dict[str, object]:
 
 def site_settings(member: Member) -> dict[str, object]:
     """``site.toml``: a real one names files beside it, this one reports into a run's folder."""
-    has_units = member.data.train.unit_column is not None
+    columns = _columns_of(member.data.train)
     return {
         "version": 1,
         "threads": 1,
@@ -105,9 +105,7 @@ def site_settings(member: Member) -> dict[str, object]:
             "name": f"records of {member.name}",
             "train": "data/train.jsonl",
             "held_back": "data/held_back.jsonl",
-            "text": TEXT,
-            "label": LABEL,
-            **({"unit": UNIT} if has_units else {}),
+            **{column: column for column in columns},
         },
         "folders": {"report": str(member.report.resolve()), "release": str(member.release.resolve())},
     }
@@ -122,7 +120,7 @@ def policy_for(plan: Plan, kind: str) -> dict[str, object]:
         costs = {"max_epsilon": privacy.epsilon, "max_epsilon_total": privacy.epsilon, "max_delta": privacy.delta}
     return {
         "version": 1,
-        "limits": {**costs, "max_rounds": spec.training.rounds, "max_steps": plan.total_steps},
+        "limits": {**costs, "max_rounds": plan.rounds, "max_steps": plan.total_steps},
         "required": {
             "min_sites": spec.cohort.min_sites,
             "min_contributors": spec.cohort.min_contributors,
@@ -134,7 +132,8 @@ def policy_for(plan: Plan, kind: str) -> dict[str, object]:
             "kinds": sorted(spec.kinds),
             "labels": list(task.labels),
             "units": [task.unit],
-            "metrics": [task.metric],
+            "language": sorted({plan.task_in(kind, stage.first_round) for stage in plan.stages} - {"classify"}),
+            "metrics": [task.metric, *(["answers"] if task.task == "instruct" else [])],
         },
         "approval": {"required": 0, "releases": 0},
     }
@@ -142,12 +141,27 @@ def policy_for(plan: Plan, kind: str) -> dict[str, object]:
 
 def write_records(path: Path, records: Records) -> None:
     """One site's records as JSON lines, in their order: what a real site has."""
-    has_units = records.unit_column is not None
-    lines = []
-    for text, label, unit in zip(records.texts, records.labels, records.units, strict=True):
-        row = {TEXT: text, LABEL: label, **({UNIT: unit} if has_units else {})}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+    columns = _columns_of(records)
+    rows = [dict[str, object]() for _ in range(len(records))]
+    for column, values in ((TEXT, records.texts), (LABEL, records.labels), (UNIT, records.units)):
+        if column in columns:
+            for row, value in zip(rows, values, strict=True):
+                row[column] = value or None
+    if MESSAGES in columns:
+        for row, dialogue in zip(rows, records.dialogues, strict=True):
+            row[MESSAGES] = [{"role": turn.role, "content": turn.text} for turn in dialogue] or None
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _columns_of(records: Records) -> list[str]:
+    """What these records have."""
+    there = {
+        TEXT: any(records.texts),
+        LABEL: any(records.labels),
+        UNIT: records.unit_column is not None,
+        MESSAGES: bool(records.dialogues),
+    }
+    return [column for column, has in there.items() if has]
 
 
 def write_text(path: Path, text: str) -> None:

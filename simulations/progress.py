@@ -21,10 +21,8 @@ class RunDisplay:
     """Turns events into bars; on something that is no terminal, into one line a phase."""
 
     def __init__(self, scenario: Scenario, console: Console) -> None:
-        training = scenario.plan.spec.training
         self._console = console
-        self._rounds = training.rounds
-        self._steps = training.steps_per_round
+        self._plan = scenario.plan
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -35,7 +33,7 @@ class RunDisplay:
             transient=True,
             disable=not console.is_terminal,
         )
-        total = training.rounds * training.steps_per_round
+        total = scenario.plan.total_steps
         self._overall = self.progress.add_task("steps, all sites", total=total * len(scenario.spec.sites))
         self._sites: dict[str, TaskID] = {
             site.name: self.progress.add_task(site.display_name or site.name, total=total)
@@ -46,7 +44,7 @@ class RunDisplay:
     def site_event(self, site: str, event: Event) -> None:
         """A site took steps, or said how well its adapter does."""
         if event["event"] == "step":
-            self._done[site] = (event["round"] - 1) * self._steps + event["step"]
+            self._done[site] = sum(self._plan.steps_after(event["round"] - 1)) + event["step"]
             self.progress.update(self._sites[site], completed=self._done[site])
             self.progress.update(self._overall, completed=sum(self._done.values()))
 
@@ -58,8 +56,8 @@ class RunDisplay:
             "plan": "sites check the plan",
             "key": "one site makes the group key and seals it to the others",
             "shares": "sites share out the secrets of their masks",
-            "round": f"round {event['round']} of {self._rounds}: apply, train, mask, encrypt, add",
-            "unmask": f"round {event['round']} of {self._rounds}: take the mask off the sum",
+            "round": f"round {event['round']} of {self._plan.rounds}: apply, train, mask, encrypt, add",
+            "unmask": f"round {event['round']} of {self._plan.rounds}: take the mask off the sum",
             "close": "sites apply the last sum and evaluate",
             "release": "sites approve the release",
         }[event["phase"]]

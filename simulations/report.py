@@ -5,8 +5,7 @@ No script, no external resource, no figure that is not in the summary. Every cha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 
@@ -14,36 +13,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedseek.statement import NOT_COVERED
 from simulations.charts import COORDINATOR_PHASES, PHASES, lines_by_round, plain_bars, stacked_bars
+from simulations.language_report import answers_table, perplexity_chart, perplexity_table, perplexity_tile, says_stages
+from simulations.report_parts import Chart, Table, by_round, number_words, round_table
 from simulations.summary import (
     Encryption,
     Privacy,
     SiteFacts,
+    StagePrivacy,
     Summary,
-    final_baseline,
-    final_utility,
-    highest_epsilon,
     write_whole,
 )
+from simulations.verdicts import comparable, final_baseline, final_utility, highest_epsilon, writing_sites
 
 FIGURES_HERE = "the figures on this page: utility, loss, record counts, sizes and times carry no noise"
 MAX_LABEL = 18  # characters of a site's name beside a line
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table as text: a header and rows; the first column names the row."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """A drawing with its caption and its numbers."""
-
-    caption: str
-    drawing: str
-    numbers: Table
 
 
 def write_report(summary: Summary, path: Path) -> None:
@@ -66,8 +49,11 @@ def render_report(summary: Summary) -> str:
         headline=headline(summary),
         tiles=_tiles(summary),
         outcome=_outcome_table(summary),
+        perplexity=perplexity_table(summary),
+        answers=answers_table(summary),
+        stages=says_stages(summary),
         probe_missing=_probe_missing(summary),
-        utility_charts=[_utility_chart(summary, site, number) for number, site in enumerate(summary.sites)],
+        utility_charts=_utility_charts(summary),
         epsilon_chart=_epsilon_chart(summary),
         time_chart=_time_chart(summary),
         phases=[phase for phase in PHASES if getattr(summary.totals.phase_seconds, phase) > 0],
@@ -75,15 +61,16 @@ def render_report(summary: Summary) -> str:
         sites=_sites_table(summary),
         facts=_facts(summary),
         not_covered=[f"{line[0].upper()}{line[1:]}." for line in (*NOT_COVERED, FIGURES_HERE)],
-        figure=_number,
+        figure=number_words,
         duration=_duration,
         metric=_metric(summary),
+        charted=_charted(summary),
     )
 
 
 def headline(summary: Summary) -> str:
     """Say in one sentence how the shared adapter compares with training alone."""
-    federated, local = final_utility(summary), final_baseline(summary.baselines.local_only)
+    federated, local = comparable(summary)
     shared = [site for site in federated if site in local]
     if not shared:
         return f"One adapter, trained by {len(summary.sites)} sites in {len(summary.rounds) - 1} rounds."
@@ -104,6 +91,8 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
 
 
 def _utility_tile(summary: Summary) -> tuple[str, str, str]:
+    if len(writing_sites(summary)) == len(summary.sites):
+        return perplexity_tile(summary)
     federated, lines = final_utility(summary), summary.baselines
     baselines = {"local only": final_baseline(lines.local_only), "centralised": final_baseline(lines.centralised)}
     beside = [f"{_mean(found.get(site) for site in federated)} {name}" for name, found in baselines.items() if found]
@@ -124,8 +113,14 @@ def _size_tile(summary: Summary) -> tuple[str, str, str]:
     return ("Sent up, encrypted", _size(up), beside)
 
 
-def _outcome_table(summary: Summary) -> Table:
-    """Final utility: a row for each site, a column for each way of training that was run."""
+def _charted(summary: Summary) -> str:
+    writing = len(writing_sites(summary))
+    return "perplexity" if writing == len(summary.sites) else "perplexity or utility" if writing else _metric(summary)
+
+
+def _outcome_table(summary: Summary) -> Table | None:
+    """Final utility: a row for each site that classifies, a column for each way of training that was run."""
+    writing = writing_sites(summary)
     lines = summary.baselines
     columns: list[tuple[str, Mapping[str, float]]] = [
         ("local only", final_baseline(lines.local_only)),
@@ -135,13 +130,21 @@ def _outcome_table(summary: Summary) -> Table:
         ("private linear probe", lines.dp_linear_probe or {}),
     ]
     run = [(name, values) for name, values in columns if values]
-    rows = tuple((site.display_name, *(_number(values.get(site.name)) for _, values in run)) for site in summary.sites)
-    return Table(("site", *(name for name, _ in run)), rows)
+    rows = tuple(
+        (site.display_name, *(number_words(values.get(site.name)) for _, values in run))
+        for site in summary.sites
+        if site.name not in writing
+    )
+    return Table(("site", *(name for name, _ in run)), rows) if rows else None
 
 
 def _probe_missing(summary: Summary) -> str | None:
     """What to say under the outcome of a private run that has no DP linear probe beside it."""
-    if summary.privacy is None or summary.baselines.dp_linear_probe:
+    if (
+        summary.privacy is None
+        or summary.baselines.dp_linear_probe
+        or len(writing_sites(summary)) == len(summary.sites)
+    ):
         return None
     return (
         "No private linear probe was run. Under noise, a head alone on the frozen model is hard to beat; whether this "
@@ -149,30 +152,39 @@ def _probe_missing(summary: Summary) -> str | None:
     )
 
 
+def _utility_charts(summary: Summary) -> list[Chart]:
+    """One a site: perplexity where it writes, else utility."""
+    writing = writing_sites(summary)
+    return [
+        (perplexity_chart if site.name in writing else _utility_chart)(summary, site, number)
+        for number, site in enumerate(summary.sites)
+    ]
+
+
 def _utility_chart(summary: Summary, site: SiteFacts, number: int) -> Chart:
     local, pooled = summary.baselines.local_only or {}, summary.baselines.centralised or {}
     series = {
         "local only": ("local", local.get(site.name, ())),
         "centralised": ("centralised", pooled.get(site.name, ())),
-        "federated": ("federated", _by_round(summary, site.name, "utility")),
+        "federated": ("federated", by_round(summary, site.name, "utility")),
     }
     lines = [(label, colour, values) for label, (colour, values) in series.items() if values]
     fractions = all(0 <= value <= 1 for _, _, values in lines for value in values if value is not None)
     title = f"{site.display_name}: {_metric(summary)} by round"
     drawing = lines_by_round(f"utility{number}", title, lines, top=1.0 if fractions else None)
-    return Chart(site.display_name, drawing, _round_table([(label, values) for label, _, values in lines]))
+    return Chart(site.display_name, drawing, round_table([(label, values) for label, _, values in lines]))
 
 
 def _epsilon_chart(summary: Summary) -> Chart | None:
     if summary.privacy is None:
         return None
-    spent = [(site.display_name, _by_round(summary, site.name, "epsilon")) for site in summary.sites]
+    spent = [(site.display_name, by_round(summary, site.name, "epsilon")) for site in summary.sites]
     target = summary.privacy.epsilon_target
     lines = [(_short(name), "epsilon", values) for name, values in spent]
     lines.append((f"target {target:g}", "quiet", [target] * len(summary.rounds)))
     caption = f"Epsilon spent by round, at δ = {_exponent(summary.privacy.delta)}, for one {summary.privacy.unit}"
     drawing = lines_by_round("epsilon", caption, lines, label_share=0.36)
-    return Chart(caption, drawing, _round_table(spent))
+    return Chart(caption, drawing, round_table(spent))
 
 
 def _time_chart(summary: Summary) -> Chart:
@@ -182,7 +194,7 @@ def _time_chart(summary: Summary) -> Chart:
     words = [(name, parts, _duration(sum(parts.values()))) for name, parts in bars]
     caption = "Seconds in each step, added over all rounds"
     header = ("party", *PHASES)
-    rows = tuple((name, *(_number(parts.get(phase)) for phase in PHASES)) for name, parts in bars)
+    rows = tuple((name, *(number_words(parts.get(phase)) for phase in PHASES)) for name, parts in bars)
     return Chart(caption, stacked_bars("time", caption, words), Table(header, rows))
 
 
@@ -211,7 +223,7 @@ def _sites_table(summary: Summary) -> Table:
             f"{site.records:,}",
             f"{site.units:,}",
             f"{site.held_back_records:,}",
-            _number(spent.get(site.name)),
+            number_words(spent.get(site.name)),
             str(len(guards[site.name])) if site.name in guards else "–",
         )
         for site in summary.sites
@@ -252,16 +264,17 @@ def _describe_encryption(used: Encryption) -> str:
 def _describe_privacy(used: Privacy) -> str:
     parts = (
         f"{used.mechanism}, target ε {used.epsilon_target:g} at δ {_exponent(used.delta)} for one {used.unit}",
-        f"noise multiplier {used.noise_multiplier:.4g}, clip norm {used.l2_clip_norm:g}",
-        f"sampling probability {used.sampling_probability:.4g}, {used.steps_per_round} steps a round",
+        *(f"first {stage.rounds} rounds of {_describe_steps(stage)}, then" for stage in used.earlier_stages),
+        f"clip norm {used.l2_clip_norm:g}, {_describe_steps(used)}",
     )
     return "; ".join(parts)
 
 
-def _by_round(summary: Summary, site: str, field: str) -> list[float | None]:
-    """Return one field of one site for each round, None where the site took no part."""
-    found = [{entry.site: getattr(entry, field) for entry in turn.sites} for turn in summary.rounds]
-    return [values.get(site) for values in found]
+def _describe_steps(used: Privacy | StagePrivacy) -> str:
+    return (
+        f"noise multiplier {used.noise_multiplier:.4g}, sampling probability {used.sampling_probability:.4g}, "
+        f"{used.steps_per_round} steps a round"
+    )
 
 
 def _seconds_by_phase(summary: Summary, site: str) -> dict[str, float]:
@@ -273,22 +286,19 @@ def _seconds_by_phase(summary: Summary, site: str) -> dict[str, float]:
     }
 
 
-def _round_table(series: Sequence[tuple[str, Sequence[float | None]]]) -> Table:
-    turns = range(max((len(values) for _, values in series), default=0))
-    rows = (
-        (str(turn), *(_number(values[turn] if turn < len(values) else None) for _, values in series)) for turn in turns
-    )
-    return Table(("round", *(name for name, _ in series)), tuple(rows))
-
-
 def _metric(summary: Summary) -> str:
-    names = {entry.metric for turn in summary.rounds for entry in turn.sites}
+    writing = writing_sites(summary)
+    if len(writing) == len(summary.sites):
+        return "token accuracy"
+    names = {entry.metric for turn in summary.rounds for entry in turn.sites} | (
+        {"token accuracy"} if writing else set()
+    )
     return names.pop().replace("_", " ") if len(names) == 1 else "utility"
 
 
 def _mean(values: Iterable[float | None]) -> str:
     found = [value for value in values if value is not None]
-    return _number(fmean(found) if found else None)
+    return number_words(fmean(found) if found else None)
 
 
 def _sites(count: int) -> str:
@@ -297,19 +307,6 @@ def _sites(count: int) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= MAX_LABEL else name[: MAX_LABEL - 1] + "…"
-
-
-def _number(value: float | None) -> str:
-    """Three decimals below 10, three significant figures above, two if tiny; a dash where nothing was measured.
-
-    >>> _number(0.8614), _number(123.4), _number(0.00042), _number(None)
-    ('0.861', '123', '0.00042', '–')
-    """
-    if value is None:
-        return "–"
-    if 0 < abs(value) < 0.01:
-        return f"{value:.2g}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.{max(0, 3 - len(str(int(abs(value)))))}f}"
 
 
 def _exponent(value: float) -> str:

@@ -39,9 +39,11 @@ def create_run_folder(scenario_file: Path, scenario: Scenario, out: Path, *, rou
 
 
 def open_scenario(folder: Path) -> Scenario:
-    """The scenario of a run folder, as it was when the run began."""
+    """The scenario of a run folder, as it was when the run began; a small model is the one that its plan names."""
     options = json.loads((folder / "options.json").read_text("utf-8"))
-    scenario = load_scenario(folder / "scenario.toml", rounds=options["rounds"])
+    named = json.loads((folder / "plan.json").read_text("utf-8"))["model"]
+    model = {field: named[field] for field in ("source", "sha256")}
+    scenario = load_scenario(folder / "scenario.toml", rounds=options["rounds"], model=model)
     return Scenario(options["name"], scenario.spec, scenario.plan)
 
 

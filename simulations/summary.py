@@ -1,14 +1,14 @@
 """The record of a simulated run: ``summary.json``, versioned and strictly parsed.
 
 ``docs/summary-schema.md`` documents every field with its unit. The file holds figures only: no record, no update, no
-key. :func:`verdicts` turns the figures into a short list of claims that the run met or did not meet.
+key. ``simulations.verdicts`` turns the figures into a short list of claims that the run met or did not meet.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -18,10 +18,6 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from fedseek.errors import DataError
 
 SCHEMA_VERSION: Literal[1] = 1
-
-# What a run must reach to be called a success; each is named in a verdict beside the figure it is held against.
-WANTED_CENTRALISED_RATIO = 0.9
-WANTED_SATURATED_FRACTION = 0.01
 
 
 def _in_utc(value: AwareDatetime) -> AwareDatetime:
@@ -61,6 +57,16 @@ class SiteFacts(Part):
     records: Count
     held_back_records: Count
     units: Count
+    task: Name = "classify"
+
+
+class StageFacts(Part):
+    """Rounds that were trained alike; ``task`` is null where each kind trained on its own."""
+
+    task: Name | None
+    first_round: Count
+    rounds: Count
+    steps_per_round: Count
 
 
 class Encryption(Part):
@@ -74,8 +80,17 @@ class Encryption(Part):
     ciphertexts: dict[Name, Count]
 
 
+class StagePrivacy(Part):
+    """How records were protected in one stage of training."""
+
+    rounds: Count
+    steps_per_round: Count
+    sampling_probability: Fraction
+    noise_multiplier: Annotated[float, Field(ge=0)]
+
+
 class Privacy(Part):
-    """How records were protected during training."""
+    """How records were protected during training; of a plan of several stages noise, sampling and steps of the last."""
 
     mechanism: Name
     unit: Name
@@ -85,6 +100,7 @@ class Privacy(Part):
     sampling_probability: Fraction
     steps_per_round: Count
     l2_clip_norm: Annotated[float, Field(gt=0)]
+    earlier_stages: tuple[StagePrivacy, ...] = ()
 
 
 class SitePhases(Part):
@@ -114,7 +130,9 @@ class SiteRound(Part):
     site: Name
     utility: float | None
     metric: Name
+    task: Name = "classify"
     loss: float | None
+    perplexity: Annotated[float, Field(ge=0)] | None = None
     epsilon: Epsilon | None
     bytes_up: Count
     bytes_down: Count
@@ -149,6 +167,26 @@ class Baselines(Part):
     centralised: dict[Name, tuple[float, ...]] | None = None
     linear_probe: dict[Name, float] | None = None
     dp_linear_probe: dict[Name, float] | None = None
+    local_only_loss: dict[Name, tuple[float, ...]] | None = None
+    centralised_loss: dict[Name, tuple[float, ...]] | None = None
+    base_loss: dict[Name, float] | None = None
+
+
+class AnswerScores(Part):
+    """Means over the answers to some held-back rows."""
+
+    exact: Fraction
+    f1: Fraction
+    rouge_l: Fraction
+    count: Count
+
+
+class SiteAnswers(Part):
+    """How good the answers of a site's base model were, and those of its adapter at the end."""
+
+    site: Name
+    base: AnswerScores | None
+    adapter: AnswerScores | None
 
 
 class Totals(Part):
@@ -201,7 +239,9 @@ class Summary(Part):
     encryption: Encryption
     privacy: Privacy | None
     rounds: Annotated[tuple[Round, ...], Field(min_length=1)]
+    stages: tuple[StageFacts, ...] = ()
     baselines: Baselines
+    answers: tuple[SiteAnswers, ...] = ()
     totals: Totals
     peak_rss_mb: PeakMemory
     release: ReleaseFacts | None
@@ -236,8 +276,9 @@ def _sites_spoken_of(summary: Summary) -> Iterable[str]:
     for entry in summary.rounds:
         yield from (site.site for site in entry.sites)
     lines = summary.baselines
-    for baseline in (lines.local_only, lines.centralised, lines.linear_probe, lines.dp_linear_probe):
+    for _, baseline in lines:
         yield from baseline or ()
+    yield from (entry.site for entry in summary.answers)
     if summary.release is not None:
         yield from summary.release.guards_passed
 
@@ -280,83 +321,3 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def with_verdicts(summary: Summary) -> Summary:
-    """Return the summary with its verdicts computed from its figures."""
-    return summary.model_copy(update={"verdicts": verdicts(summary)})
-
-
-def verdicts(summary: Summary) -> tuple[Verdict, ...]:
-    """Hold the run's figures against what was wanted; a claim whose figures are missing is left out.
-
-    Utility is compared after the last round, site by site, on the same held-back records; higher is better.
-    """
-    found = (
-        _beats_local(summary),
-        _near_centralised(summary),
-        _within_budget(summary),
-        _smaller_than_plain(summary),
-        _rarely_saturated(summary),
-    )
-    return tuple(verdict for verdict in found if verdict is not None)
-
-
-def final_utility(summary: Summary) -> dict[str, float]:
-    """Return the federated utility after the last round, for each site that measured one."""
-    return {entry.site: entry.utility for entry in summary.final.sites if entry.utility is not None}
-
-
-def final_baseline(lines: Mapping[str, tuple[float, ...]] | None) -> dict[str, float]:
-    """Return the last value of each site's baseline; empty if the baseline was not run."""
-    return {site: values[-1] for site, values in (lines or {}).items() if values}
-
-
-def highest_epsilon(summary: Summary) -> float | None:
-    """Return the largest epsilon any site has spent by the end, or None if no site trained privately."""
-    spent = [entry.epsilon for entry in summary.final.sites if entry.epsilon is not None]
-    return max(spent, default=None)
-
-
-def _beats_local(summary: Summary) -> Verdict | None:
-    local = final_baseline(summary.baselines.local_only)
-    gains = [value - local[site] for site, value in final_utility(summary).items() if site in local]
-    if not gains:
-        return None
-    claim = "Federated above local-only at every site: smallest gain"
-    return Verdict(claim=claim, figure=min(gains), wanted="more than 0", met=min(gains) > 0)
-
-
-def _near_centralised(summary: Summary) -> Verdict | None:
-    pooled = final_baseline(summary.baselines.centralised)
-    pairs = [(value, pooled[site]) for site, value in final_utility(summary).items() if pooled.get(site)]
-    if not pairs:
-        return None
-    ratio = sum(federated for federated, _ in pairs) / sum(centralised for _, centralised in pairs)
-    claim = "Federated utility as a share of centralised, mean over sites"
-    wanted = f"at least {WANTED_CENTRALISED_RATIO:g}"
-    return Verdict(claim=claim, figure=ratio, wanted=wanted, met=ratio >= WANTED_CENTRALISED_RATIO)
-
-
-def _within_budget(summary: Summary) -> Verdict | None:
-    spent = highest_epsilon(summary)
-    if summary.privacy is None or spent is None:
-        return None
-    target = summary.privacy.epsilon_target
-    return Verdict(claim="Highest epsilon at any site", figure=spent, wanted=f"at most {target:g}", met=spent <= target)
-
-
-def _smaller_than_plain(summary: Summary) -> Verdict | None:
-    if not summary.totals.plain_float32_bytes:
-        return None
-    ratio = summary.totals.bytes_up / summary.totals.plain_float32_bytes
-    return Verdict(claim="Encrypted bytes up / plain float32", figure=ratio, wanted="at most 1", met=ratio <= 1)
-
-
-def _rarely_saturated(summary: Summary) -> Verdict | None:
-    found = [s.saturated_fraction for r in summary.rounds for s in r.sites if s.saturated_fraction is not None]
-    if not found:
-        return None
-    wanted = f"at most {WANTED_SATURATED_FRACTION:g}"
-    claim = "Largest share of values cut off by the quantiser"
-    return Verdict(claim=claim, figure=max(found), wanted=wanted, met=max(found) <= WANTED_SATURATED_FRACTION)

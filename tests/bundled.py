@@ -11,26 +11,26 @@ from safetensors.numpy import save
 
 from fedseek.cohort import Federation
 from fedseek.daemon.audit_lines import COORDINATOR, heads_digest, sign_head
-from fedseek.dp.accounting import PrivacySpend
 from fedseek.evidence import bundle, heads_bytes
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster
 from fedseek.identity.signing import CONTEXT_HEADS_SEEN, CONTEXT_RELEASE, sign, sign_with
-from fedseek.lora.adapter_file import CONFIG_FILE, WEIGHTS_FILE, largest_value, read_adapter, trained_tensors
+from fedseek.lora.adapter_file import CONFIG_FILE, WEIGHTS_FILE, largest_value, read_adapter
 from fedseek.lora.digest import tensors_digest
 from fedseek.messages import release_message
-from fedseek.release import check_release, released_config
+from fedseek.release import check_release, released_config, released_tensors, writes_words
 from fedseek.statement import CanaryAudit, Outcome, privacy_statement, statement_bytes, wanted_guards
 
 SITES = (("北岸银行", "bank"), ("harbour-bank", "bank"), ("仁济医院", "hospital"), ("st-anna", "hospital"))
 RUN = "试运行-1"
 LAYER = "base_model.model.encoder.layer.0.attention.self.query"
+LAYER_OF_WORDS = "base_model.model.model.layers.0.self_attn.q_proj"  # of a causal language model
 
 
-def adapter_bytes(value: float = 0.25, **more: np.ndarray) -> bytes:
+def adapter_bytes(value: float = 0.25, *, layer: str = LAYER, **more: np.ndarray) -> bytes:
     """Weights of one linear layer; ``value`` is all over lora_B."""
     matrices = {"lora_A": np.ones((2, 4), np.float32), "lora_B": np.full((4, 2), value, np.float32)}
-    return save({**{f"{LAYER}.{name}.weight": each for name, each in matrices.items()}, **more}, {"format": "pt"})
+    return save({**{f"{layer}.{name}.weight": each for name, each in matrices.items()}, **more}, {"format": "pt"})
 
 
 def outcome_after(
@@ -38,10 +38,10 @@ def outcome_after(
 ) -> Outcome:
     """What a run has come to at a site if all went well; ``changes`` is what did not."""
     tensors = read_adapter(adapter[WEIGHTS_FILE])
-    digests = {"global": tensors_digest(trained_tensors(tensors, method=plan.spec.lora.method))}
+    digests = {"global": tensors_digest(released_tensors(plan, tensors))}
     shared = Federation.of(RUN, plan, roster).shared_scopes(identity.kind)
     digests |= {scope: hashlib.sha256(scope.encode()).digest() for scope in shared if scope != "global"}
-    steps = plan.total_steps
+    steps = tuple(stage.num_steps for stage in plan.stages)
     asked = plan.num_canaries
     found: dict[str, Any] = {
         "run": RUN,
@@ -52,12 +52,12 @@ def outcome_after(
         "digests": digests,
         "contributors": roster.names,
         "steps": steps,
-        "spend": PrivacySpend(plan.privacy, steps) if plan.privacy else None,
+        "spend": plan.spend_of(steps),
         "steps_spent": steps,
         "guards_passed": tuple(sorted(wanted_guards(plan))),
         "audit": None,
         "utility": 0.9,
-        "largest_value": largest_value(tensors),
+        "largest_value": largest_value(tensors, seed=plan.seed_for("lora")),
     }
     if asked:
         found["audit"] = CanaryAudit(
@@ -79,7 +79,8 @@ class Signers:
     def of(cls, plan: Any, *, value: float = 0.25) -> Signers:
         identities = {name: SiteIdentity.generate(name, kind) for name, kind in SITES}
         roster = Roster.of(identity.public() for identity in identities.values())
-        adapter = {CONFIG_FILE: released_config(plan), WEIGHTS_FILE: adapter_bytes(value)}
+        layer = LAYER_OF_WORDS if writes_words(plan) else LAYER
+        adapter = {CONFIG_FILE: released_config(plan), WEIGHTS_FILE: adapter_bytes(value, layer=layer)}
         return cls(plan, identities, roster, adapter)
 
     def outcome(self, site: str, **changes: Any) -> Outcome:

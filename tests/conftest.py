@@ -79,6 +79,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a causal language model with a chat template; ``language_models.save_tiny_causal`` writes others."""
+    from language_models import save_tiny_causal
+
+    return save_tiny_causal(tmp_path_factory.mktemp("model") / "tiny-qwen2")
+
+
+@pytest.fixture(scope="session")
 def make_tiny_model() -> Callable[..., Path]:
     """Write another such model: ``make_tiny_model(folder, seed=1)``."""
     return write_tiny_model

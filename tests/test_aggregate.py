@@ -1,3 +1,4 @@
+import msgspec
 import numpy as np
 import pytest
 
@@ -138,3 +139,16 @@ def test_only_the_scopes_asked_for_are_written_out_and_counted():
 
 def test_scopes_are_written_in_the_plans_order_whatever_order_is_asked_for():
     assert agg_finish(fold(UPDATES), min_sites=2, scopes=("bank", "global")) == agg_finish(fold(UPDATES), min_sites=2)
+
+
+def test_the_sum_is_kept_as_it_is_written_out_and_is_in_memory_once():
+    aggregate = fold(UPDATES)
+    for each in agg_finish(aggregate, min_sites=2):
+        assert all(written is kept for written, kept in zip(each.ciphertexts, aggregate.sums[each.scope], strict=True))
+
+
+def test_a_message_read_is_added_from_where_it_is():
+    message = msgspec.msgpack.encode(UPDATES[0])
+    read = msgspec.msgpack.decode(message, type=tuple[ScopedCiphertexts, ...])
+    assert all(data.obj is message for scoped in read for data in scoped.ciphertexts)
+    assert agg_finish(fold([read]), min_sites=1) == agg_finish(fold(UPDATES[:1]), min_sites=1)

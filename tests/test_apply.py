@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedseek.apply import ScopeState, apply_mean, apply_sums
+from fedseek.apply import ScopeState, apply_mean, apply_sums, enter_stage
 from fedseek.encode import SummedUpdate, UpdateLayout, next_value_range, unflatten
 from fedseek.lora.digest import tensors_digest
 
@@ -121,6 +121,19 @@ def test_a_scope_without_a_sum_stays_as_it_is_and_nothing_is_changed_in_place(pl
     assert apply_sums(before, {}, plan) == before
 
 
+def test_range_and_momentum_start_over_with_the_first_round_of_a_later_stage(tiny_plan):
+    domain = {"rounds": 2, "steps_per_round": 3, "sampling_probability": 0.5, "learning_rate": 0.004}
+    plan = tiny_plan(domain=domain, model={"family": "qwen2"}, training={"rounds": 2})
+    for number in (1, 2, 4, 5):
+        assert enter_stage(states(), plan, number).keys() == states().keys()
+        assert all(each.value_range == 0.25 for each in enter_stage(states(), plan, number).values()), number
+    before, after = states(), enter_stage(states(), plan, 3)
+    for scope, held in after.items():
+        assert held.value_range == plan.initial_range(scope, 3) != plan.initial_range(scope, 1)
+        assert not held.momentum.any()
+        assert held.digest() == before[scope].digest()
+
+
 def test_a_sum_that_would_overflow_is_not_applied(plan):
     with pytest.raises(ValueError, match="not finite"):
         apply_sums(states(), {"global": summed("global", scale=1e39)}, plan)
@@ -147,3 +160,16 @@ def test_the_digest_is_of_the_named_tensors_and_of_nothing_else():
 def test_weights_are_not_printed():
     assert "weights" not in repr(states()["global"])
     assert "momentum" not in repr(states()["global"])
+
+
+def test_a_long_vector_takes_the_same_step_as_a_short_one():
+    rng = np.random.default_rng(4)
+    weights, mean, momentum = rng.standard_normal(200_001).astype(np.float32), *rng.standard_normal((2, 200_001))
+    for factor in (0.0, 0.9):
+        factors = {"learning_rate": 0.7, "momentum_factor": factor}
+        stepped = apply_mean(weights, mean, momentum, **factors)
+        for got, wanted in zip(stepped, naive_step(weights, mean, momentum, **factors), strict=True):
+            assert (got == wanted).all()
+    mean[-1] = 1e39
+    with pytest.raises(ValueError, match="not finite"):
+        apply_mean(weights, mean, momentum, learning_rate=1.0, momentum_factor=0.0)

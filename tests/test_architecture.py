@@ -25,14 +25,26 @@ VERBS = tuple(
     for verb in (
         "cohort",
         "groupkey",
+        "dialogues",
         "records",
+        "tokenise",
+        "batches",
+        "train_settings",
+        "optimiser",
+        "physical_batch",
+        "plain_step",
+        "progress",
         "train",
+        "round_job",
+        "several",
         "canaries",
         "canary_record",
         "svg",
         "audit_picture",
         "audit_command",
         "evaluate",
+        "answers",
+        "generate",
         "encode",
         "site_noise",
         "tag",
@@ -54,11 +66,13 @@ VERBS = tuple(
         "predict_privacy",
         "predict_picture",
         "predict_command",
+        "model_command",
     )
 )
 DAEMON_PARTS = ("fedseek.daemon",)
 EVIDENCE = ("fedseek.evidence", "fedseek.verification", "fedseek.verify_command")
-LAYERS = (("fedseek.errors",), THEORY, ("fedseek.plan_spec",), ("fedseek.plan",), VERBS, DAEMON_PARTS, EVIDENCE)
+PLAN = tuple((f"fedseek.plan{part}",) for part in ("_spec", "_stages", "_problems", ""))
+LAYERS = (("fedseek.errors",), THEORY, *PLAN, VERBS, DAEMON_PARTS, EVIDENCE)
 DAEMONS = ("fedseek_server", "fedseek_site")
 CLI = "fedseek.cli"
 
@@ -68,6 +82,8 @@ HOMES = {
     "opacus": ("fedseek/dp/",),
     "dp_accounting": ("fedseek/dp/",),
     "peft": ("fedseek/lora/",),
+    "bitsandbytes": ("fedseek/lora/",),
+    "huggingface_hub": ("fedseek/lora/",),
     "flwr": (
         "server/fedseek_server/app.py",
         "server/fedseek_server/flower.py",

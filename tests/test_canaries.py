@@ -10,6 +10,7 @@ from torch import nn
 from fedseek.canaries import (
     Canaries,
     Vocabulary,
+    as_words,
     canary_losses,
     change_scores,
     make_canaries,
@@ -180,3 +181,100 @@ def test_nothing_shows_a_canary():
     shown = repr(made()) + repr(made().records) + repr(VOCABULARY)
     assert "coins" not in shown
     assert "input_ids" not in shown
+
+
+# --- candidates for tasks that learn words
+
+
+class WordModel(nn.Module):
+    """Guesses each token from the one before it; in ``fedseek.batches`` terms what a causal model is. It has a head, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(60, 60)
+        self.head = nn.Linear(60, 3)
+        self.frozen = nn.Parameter(torch.ones(60), requires_grad=False)
+        self.largest = 0
+
+    def forward(self, input_ids, attention_mask, counted=None):
+        if counted is None:
+            return self.head(self.tokens(input_ids).mean(1))
+        self.largest = max(self.largest, int(counted.sum()))
+        return (self.tokens(input_ids) * self.frozen)[:, :-1][counted[:, 1:]]
+
+
+def test_as_words_a_candidate_has_the_same_tokens_and_the_same_coin():
+    plain, words = made(), as_words(made())
+    assert np.array_equal(plain.coins, words.coins)
+    assert all(map(np.array_equal, plain.records.input_ids, words.records.input_ids))
+    assert words.records.labels.tolist() == [0] * 40
+    assert plain.records.counted is None
+    for row, counted in zip(words.records.input_ids, words.records.counted, strict=True):
+        assert counted.tolist() == [False] + [True] * (len(row) - 1)
+
+
+def test_candidates_join_records_of_their_own_task_only():
+    texts = TokenisedRecords(
+        [np.array([10, 11], np.int32)], np.zeros(1, np.int64), np.zeros(1, np.int64), [np.array([False, True])]
+    )
+    joined = with_canaries(texts, as_words(made()))
+    assert len(joined) == len(joined.counted) == 1 + made().coins.sum() == joined.num_units
+    assert joined.counted[0].tolist() == [False, True]
+    for mixed in ((texts, made()), (records(), as_words(made()))):
+        with pytest.raises(ValueError, match="two tasks"):
+            with_canaries(*mixed)
+
+
+def test_losses_of_words_are_means_over_the_tokens_however_they_are_batched():
+    model, canaries = WordModel().double(), as_words(made(20))
+    losses = canary_losses(model, canaries)
+    for number, row in enumerate(canaries.records.input_ids):
+        ids = torch.from_numpy(row.astype(np.int64))
+        alone = nn.functional.cross_entropy(model.tokens(ids[:-1]), ids[1:])
+        assert losses[number] == pytest.approx(alone.item(), rel=1e-9)
+    assert model.largest == 8 * 6, "no more than 8 candidates go through the vocabulary at once"
+
+
+def test_a_change_of_words_scores_as_the_fall_of_the_loss_along_it():
+    model, canaries = WordModel().double(), as_words(made(12))
+    torch.manual_seed(1)
+    change = {"tokens.weight": torch.randn_like(model.tokens.weight)}
+    scores = change_scores(model, canaries, change, l2_clip_norm=1e6)
+    losses, step = [], 1e-5
+    for sign in (1, -1):
+        moved = WordModel().double()
+        with torch.no_grad():
+            moved.tokens.weight.add_(sign * step * change["tokens.weight"])
+        losses.append(canary_losses(moved, canaries))
+    assert scores == pytest.approx((losses[1] - losses[0]) / (2 * step), rel=1e-4)
+
+
+def test_a_head_that_has_no_part_in_a_loss_over_words_adds_nothing_to_a_score():
+    model, canaries = WordModel(), as_words(made(6))
+    change = {"tokens.weight": torch.ones_like(model.tokens.weight)}
+    scores = change_scores(model, canaries, change, l2_clip_norm=0.1)
+    assert np.isfinite(scores).all()
+    both = change_scores(model, canaries, {**change, "head.weight": torch.ones(3, 60)}, l2_clip_norm=0.1)
+    assert np.array_equal(scores, both)
+    model.head.requires_grad_(False)
+    assert np.array_equal(scores, change_scores(model, canaries, change, l2_clip_norm=0.1))
+
+
+def test_what_is_not_trained_in_a_round_has_no_part_in_a_score():
+    model, canaries = WordModel(), as_words(made(6))
+    change = {"tokens.weight": torch.ones_like(model.tokens.weight)}
+    assert np.array_equal(
+        change_scores(model, canaries, change, l2_clip_norm=1.0),
+        change_scores(model, canaries, {**change, "frozen": torch.ones(60)}, l2_clip_norm=1.0),
+    )
+
+
+@pytest.mark.parametrize(("max_tokens", "tokens"), [(64, 16), (16, 16), (6, 6), (4, 4)])
+def test_candidates_of_words_are_longer_where_there_is_room(tiny_causal, max_tokens, tokens):
+    vocabulary = read_vocabulary(tiny_causal, max_tokens=max_tokens, task="instruct")
+    assert (vocabulary.before, vocabulary.after, vocabulary.num_tokens) == ((), (), tokens)
+    assert not {0, 1, 2} & set(vocabulary.ordinary.tolist()), "special tokens are nobody's words"
+    canaries = as_words(make_canaries(SEED, 8, vocabulary, num_labels=1))
+    assert all(len(row) == tokens for row in canaries.records.input_ids)
+    assert read_vocabulary(tiny_causal, max_tokens=max_tokens).num_tokens == min(8, tokens)

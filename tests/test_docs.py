@@ -364,7 +364,17 @@ def test_the_sites_shown_in_the_readme_are_read_as_shown():
         scenario.SiteSpec.model_validate(site)
 
 
-@pytest.mark.parametrize("table", [scenario.SimulationSpec, scenario.SyntheticSpec, scenario.SiteSpec, scenario.Part])
+@pytest.mark.parametrize(
+    "table",
+    [
+        scenario.SimulationSpec,
+        scenario.SyntheticSpec,
+        scenario.SmallModelSpec,
+        scenario.TextSource,
+        scenario.SiteSpec,
+        scenario.Part,
+    ],
+)
 def test_the_page_on_simulations_names_every_field(table):
     page = section("simulations/README.md", "A scenario file")
     assert [name for name in table.model_fields if not re.search(rf"\b{name}\b", page)] == []

@@ -10,6 +10,7 @@ from fedseek.encode import (
     SummedUpdate,
     UpdateLayout,
     decode_sum,
+    encode_integers,
     encode_update,
     flatten,
     next_value_range,
@@ -19,7 +20,7 @@ from fedseek.encode import (
     unflatten,
 )
 from fedseek.errors import Malformed
-from fedseek.he.packing import choose_packing
+from fedseek.he.packing import choose_packing, unpack
 
 PACKING = choose_packing(13, 8)
 LAYOUT = UpdateLayout("全局", (("层.lora_B", (3, 4)), ("head.bias", (5,))), ("loss", "examples"))
@@ -332,3 +333,66 @@ def test_next_range_of_noise_dominated_updates_stops_the_saturation():
     assert fractions[0] > 0.9
     assert fractions[-1] == 0
     assert value_range == 8.0  # the largest of 160,000 normal draws is about 4.5
+
+
+# --- a scope without tensors
+
+
+METRICS_ALONE = UpdateLayout("kind/bank", (), ("loss", "examples"))
+
+
+def test_a_layout_may_have_metrics_alone():
+    assert (METRICS_ALONE.offsets, METRICS_ALONE.num_values, METRICS_ALONE.num_header_slots) == ((0,), 0, 7)
+    assert (num_slots(METRICS_ALONE, PACKING), num_ciphertexts(METRICS_ALONE, PACKING)) == (7, 1)
+    vector = flatten({}, METRICS_ALONE)
+    assert (vector.shape, vector.dtype, unflatten(vector, METRICS_ALONE)) == ((0,), np.float32, {})
+    with pytest.raises(ValueError, match="at least one tensor or metric"):
+        UpdateLayout("kind/bank", (), ())
+
+
+def test_metrics_add_without_values():
+    nothing = np.zeros(0, np.int64)
+    one = encode([], layout=METRICS_ALONE, weight=3, weight_cap=10)
+    two = encode_integers(nothing, METRICS_ALONE, packing=PACKING, metrics={"loss": 1.25, "examples": 7.0})
+    assert one.shape == two.shape == (4096,)
+    summed = decode(one + two, layout=METRICS_ALONE, weight_cap=10)
+    assert (summed.contributors, summed.weight, summed.mean.shape) == (2, 4, (0,))
+    assert summed.metrics == {"loss": 1.75, "examples": 107.0}
+    assert summed.saturated_fraction == 0.0
+    assert next_value_range(summed, 0.375) == 0.375, "nothing was quantised: there is nothing to follow"
+
+
+def test_a_sum_without_values_can_have_saturated_none():
+    slots = encode([], layout=METRICS_ALONE)
+    slots[4] = 1
+    with pytest.raises(Malformed, match="saturated"):
+        decode(slots, layout=METRICS_ALONE)
+
+
+def test_a_long_vector_is_rounded_by_draws_in_its_order_however_it_is_cut():
+    """As by the formula over the whole vector at once: who fixes the draws fixes the slots."""
+    rng = np.random.default_rng(3)
+    vector = rng.uniform(-1.2, 1.2, 100_003).astype(np.float32)
+    slots = encode(vector, layout=plain_layout(vector.size), weight=2, weight_cap=3, metrics={}, seed=8)
+    scaled = np.clip(vector * np.float64(2 / 3), -1, 1) * PACKING.levels
+    low = np.floor(scaled)
+    digits = low + (np.random.default_rng(8).random(vector.size, dtype=np.float32) < scaled - low) + PACKING.levels
+    used = num_slots(plain_layout(vector.size), PACKING)
+    assert (unpack(slots[5:used], vector.size, PACKING) == digits.astype(np.uint64)).all()
+    mean = decode(slots, layout=plain_layout(vector.size), weight_cap=3).mean
+    assert (mean == (digits - PACKING.levels) * (1.0 / PACKING.levels * 3 / 2)).all()
+
+
+def test_a_value_too_large_anywhere_in_a_long_sum_is_found():
+    layout = plain_layout(100_003)
+    slots = encode(np.zeros(100_003), layout=layout, metrics={})
+    slots[num_slots(layout, PACKING) - 1] += np.uint64(2**15)
+    with pytest.raises(Malformed, match="exceeds"):
+        decode(slots, layout=layout)
+
+
+def test_a_value_that_is_not_finite_is_found_at_the_end_of_a_long_vector():
+    vector = np.zeros(100_003, np.float32)
+    vector[-2:] = np.nan, np.inf
+    with pytest.raises(ValueError, match="2 values are not finite"):
+        encode(vector, layout=plain_layout(vector.size), metrics={})

@@ -272,9 +272,7 @@ LIES = {
     "epsilon_second_opinion": lambda s: None,
     "delta": lambda s: 1e-9,
     "accountant": lambda s: "none",
-    "noise_multiplier": lambda s: s.noise_multiplier * 2,
-    "sampling_probability": lambda s: 0.25,
-    "num_steps": lambda s: 2,
+    "stages": lambda s: (replaced(s.stages[0], num_steps=2),),
     "l2_clip_norm": lambda s: 0.5,
     "site_level": lambda s: SiteLevel(
         epsilon=1.0, delta=1e-5, l2_clip_norm=1.0, neighboring_relation="x", mechanism="x", trust_model="x"
@@ -328,8 +326,43 @@ def test_the_last_bits_of_another_machines_fft_are_no_lie(signers):
 
 
 def test_more_steps_than_the_plan_has_are_refused_before_anything_is_worked_out(signers):
-    lie = replaced(signers.statement(ANNA), num_steps=1 << 40)
+    true = signers.statement(ANNA)
+    lie = replaced(true, stages=(replaced(true.stages[0], num_steps=1 << 40),))
     assert "budget" in refused(signers.files(**{ANNA: signers.sign(ANNA, lie)}), signers.roster)
+
+
+DOMAIN = {"rounds": 1, "steps_per_round": 2, "sampling_probability": 1.0, "learning_rate": 0.001}
+STAGE_LIES = {
+    "less noise than the plan's": lambda s: (replaced(s.stages[0], noise_multiplier=9.0), s.stages[1]),
+    "another sampling probability": lambda s: (s.stages[0], replaced(s.stages[1], sampling_probability=1.0)),
+    "steps moved to the other stage": lambda s: (
+        replaced(s.stages[0], num_steps=1),
+        replaced(s.stages[1], num_steps=5),
+    ),
+    "one stage kept quiet": lambda s: s.stages[1:],
+    "a stage too many": lambda s: (*s.stages, s.stages[1]),
+}
+
+
+@pytest.fixture(scope="module")
+def staged(tiny_plan):
+    return Signers.of(tiny_plan(private=True, domain=DOMAIN))
+
+
+def test_a_release_of_two_stages_is_verified_and_its_epsilon_worked_out_again(staged):
+    verified = verify_release(parse_release(staged.files()), staged.roster)
+    assert {len(statement.stages) for statement in verified.statements.values()} == {2}
+    true = staged.statement(ANNA)
+    lie = replaced(true, epsilon=true.epsilon * 0.99)
+    message = refused(staged.files(**{ANNA: staged.sign(ANNA, lie)}), staged.roster)
+    assert "worked out again" in message
+
+
+@pytest.mark.parametrize("lie", STAGE_LIES.values(), ids=list(STAGE_LIES))
+def test_a_site_that_lies_about_a_stage_is_found_out(staged, lie):
+    true = staged.statement(ANNA)
+    signed = staged.sign(ANNA, replaced(true, stages=lie(true)))
+    assert f"privacy-{ANNA}.json" in refused(staged.files(**{ANNA: signed}), staged.roster)
 
 
 def test_heads_that_sites_of_one_kind_sign_differently_are_found(signers):
@@ -359,7 +392,7 @@ def bundled_with(signers, signed):
         ({WEIGHTS_FILE: adapter_bytes(0.5)}, "its trained tensors have digest"),
         (
             {WEIGHTS_FILE: adapter_bytes(**{"base_model.extra.weight": np.ones((1, 1), np.float32)})},
-            "wanted a float32 LoRA",
+            "wanted float32 matrices of an adapter",
         ),
         ({WEIGHTS_FILE: b"not safetensors"}, "does not parse"),
     ],

@@ -7,7 +7,8 @@ from dp_accounting import pld
 from plan_documents import PLAN_TOML, REMOVED, checked
 
 from fedseek.errors import InvalidPlan
-from fedseek.plan import load_plan, read_toml
+from fedseek.plan import load_plan, plan_from_canonical, read_toml
+from fedseek.release import model_card
 
 
 def problems(**changes: object) -> tuple[str, ...]:
@@ -41,8 +42,10 @@ REFUSED = [
     ({"training__server_momentum": 1.0}, "training.server_momentum: ", ["less than 1"]),
     ({"lora__rank": 0}, "lora.rank: ", ["greater than or equal to 1", "got 0"]),
     ({"lora__alpha": 0.0}, "lora.alpha: ", ["greater than 0"]),
-    ({"lora__method": "dora"}, "lora.method: ", ["'ffa' or 'both'", "'dora'"]),
-    ({"lora__target_modules": []}, "lora.target_modules: ", ["at least 1"]),
+    ({"lora__method": "dora"}, "lora.method: ", ["'dora'", "no record can be clipped"]),
+    ({"lora__method": "qlora"}, "lora.method: ", ["'ffa', 'both'", "'qlora'"]),
+    ({"lora__target_modules": []}, "lora.target_modules: ", ["'auto', or ", "at least 1", "got []"]),
+    ({"training__physical_batch_size": 0}, "training.physical_batch_size: ", ["1, or ", "'auto'", "got 0"]),
     ({"lora__layers": []}, "lora.layers: ", ["at least 1"]),
     ({"lora__layers": [1, -1]}, "lora.layers.1: ", ["greater than or equal to 0"]),
     ({"privacy__epsilon": 0.0}, "privacy.epsilon: ", ["greater than 0", "got 0"]),
@@ -267,3 +270,12 @@ def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path: Path, content, word
 def test_a_folder_is_no_plan(tmp_path: Path):
     with pytest.raises(InvalidPlan, match="folder"):
         read_toml(tmp_path)
+
+
+def test_kinds_have_one_order_however_they_were_written():
+    kinds = {"hospital": {"labels": ["急诊", "普通"]}, "bank": {"labels": ["欺诈", "正常"]}}
+    plan = checked(kinds=kinds)
+    read_back = plan_from_canonical(plan.canonical())
+    assert list(plan.spec.kinds) == list(read_back.spec.kinds) == ["bank", "hospital"]
+    cards = [model_card(each, run="r", statements=(), utility={}, base="b") for each in (plan, read_back)]
+    assert cards[0] == cards[1]

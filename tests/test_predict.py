@@ -59,7 +59,7 @@ def size(parts) -> int:
 def test_the_prediction_is_what_a_real_encrypted_update_of_that_size_takes(tiny_plan, kind, changes):
     plan = tiny_plan(**changes)
     predicted = predict_plan(plan)
-    layouts = prepare_layouts(kind, prepare_model(plan, kind, empty_base(locate_model(plan.spec.model.source))))
+    layouts = prepare_layouts(plan, kind, prepare_model(plan, kind, empty_base(locate_model(plan.spec.model.source))))
     update, sums = real_update(plan, layouts)
     of_kind = predicted.kinds[kind]
     assert of_kind.ciphertexts == sum(len(part.ciphertexts) for part in update)
@@ -78,7 +78,7 @@ def no_cost(**changes):
 
 
 def counts_by_scope(plan, kind):
-    layouts = prepare_layouts(kind, prepare_model(plan, kind, empty_base(locate_model(plan.spec.model.source))))
+    layouts = prepare_layouts(plan, kind, prepare_model(plan, kind, empty_base(locate_model(plan.spec.model.source))))
     return {scope: num_ciphertexts(layout, plan.packing) for scope, layout in layouts.items()}
 
 

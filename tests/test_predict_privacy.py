@@ -19,6 +19,7 @@ from fedseek.predict_privacy import (
     MAX_ROUNDS_SHOWN,
     MIN_NOISE_MULTIPLIER,
     TARGET_EPSILONS,
+    StagePace,
     _some_rounds,
     predict_privacy,
     privacy_document,
@@ -65,7 +66,7 @@ def run(*arguments):
 
 
 def test_what_it_is_for(plan, predicted):
-    assert (predicted.sampling_probability, predicted.num_steps, predicted.delta) == (Q, STEPS, DELTA)
+    assert (predicted.stages, predicted.num_steps, predicted.delta) == ((StagePace(2, 4, STEPS, Q),), STEPS, DELTA)
     assert predicted.plan.noise_multiplier == plan.privacy.noise_multiplier
     assert predicted.plan.target_epsilon == 8.0
     assert 7.9 < predicted.plan.epsilon <= 8.0 < predicted.plan.epsilon_rdp
@@ -233,3 +234,60 @@ def test_a_name_is_text_in_the_picture_and_nothing_else(predicted):
     drawn = privacy_picture("<script>&北岸", predicted)
     assert "<script>" not in drawn
     assert "&lt;script&gt;&amp;北岸" in drawn
+
+
+# --- two stages
+
+DOMAIN = {
+    "rounds": 1,
+    "steps_per_round": 2,
+    "sampling_probability": 1.0,
+    "learning_rate": 1e-4,
+    "budget_share": 0.25,
+}
+
+
+@pytest.fixture(scope="module")
+def staged():
+    return plan_of(domain=DOMAIN)
+
+
+@pytest.fixture(scope="module")
+def of_stages(staged):
+    return predict_privacy(staged, epsilons=(8.0,), noises=(2 * staged.privacy.noise_multiplier,))
+
+
+def test_the_figures_of_two_stages_are_of_both_together(staged, of_stages):
+    assert of_stages.stages == (StagePace(1, 2, 2, 1.0), StagePace(2, 4, 8, 1.0))
+    own = tuple(stage.privacy.noise_multiplier for stage in staged.stages)
+    assert (of_stages.plan.noise_multiplier, of_stages.plan.noise_multipliers) == (own[-1], own)
+    assert of_stages.plan.epsilon == staged.spend_after(3).epsilon() <= 8.0
+    assert of_stages.noise_for_epsilon[0].noise_multipliers == own, "for an epsilon: as a plan that asks for it"
+
+
+def test_a_noise_that_is_given_is_of_the_last_stage_and_the_other_is_scaled_alike(staged, of_stages):
+    [level] = of_stages.epsilon_for_noise
+    assert level.noise_multipliers == pytest.approx([2 * stage.privacy.noise_multiplier for stage in staged.stages])
+    assert level.epsilon < of_stages.plan.epsilon
+
+
+def test_rounds_are_told_with_the_stage_they_are_in(staged, of_stages):
+    assert [(each.round, each.stage, each.steps) for each in of_stages.by_round] == [(1, 1, 2), (2, 2, 6), (3, 2, 10)]
+    for each in of_stages.by_round:
+        assert each.epsilon == staged.spend_after(each.round).epsilon()
+
+
+def test_too_little_noise_in_one_of_the_stages_is_refused(staged):
+    last, first = staged.privacy.noise_multiplier, staged.stages[0].privacy.noise_multiplier
+    assert last < first
+    with pytest.raises(UnsupportedMechanism, match=r"wanted 0\.3"):
+        predict_privacy(staged, noises=(0.29,))
+
+
+def test_the_command_and_the_picture_tell_the_stages(plan_file, tmp_path):
+    picture = tmp_path / "两阶段.svg"
+    done = run(plan_file(domain=DOMAIN), "--privacy-only", "--epsilon", "8", "--picture", picture)
+    assert done.exit_code == 0, done.output
+    assert "sampling probability 1, 2 steps, then sampling probability 1, 8 steps" in " ".join(done.output.split())
+    assert "stage" in done.output
+    assert "noise multiplier of the last stage" in picture.read_text("utf-8")

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedseek.errors import InvalidRecords
-from fedseek.records import Columns, Records, read_rows, to_records, tokenise
+from fedseek.records import Columns, Records, read_rows, to_records
+from fedseek.tokenise import tokenise
 
 ROWS = [
     {"text": "转账 to 张三", "label": "欺诈", "customer": "客一"},

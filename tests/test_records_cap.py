@@ -3,7 +3,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedseek.records import Records, cap_records, tokenise
+from fedseek.records import Records, cap_records
+from fedseek.tokenise import tokenise
 
 SEED = 2024
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedseek.dp.accounting import PrivacySpend
+from fedseek.dp.composition import RunSpend
 from fedseek.dp.guards import TRAINING_GUARDS
 from fedseek.errors import ReleaseRefused
 from fedseek.release import approvals_wanted, check_release, model_card, released_config
@@ -38,12 +39,12 @@ def audit(released_adapter=0.5, every_round=1.0, canaries=64, confidence=0.95):
 
 
 def spend(signers, steps):
-    return PrivacySpend(signers.plan.privacy, steps)
+    return signers.plan.spend_of([steps])
 
 
 def louder(signers):
     params = dataclasses.replace(signers.plan.privacy, noise_multiplier=signers.plan.privacy.noise_multiplier * 10)
-    return PrivacySpend(params, 4)
+    return RunSpend((PrivacySpend(params, 4),))
 
 
 def refused(signers, **changes):
@@ -54,17 +55,17 @@ def refused(signers, **changes):
 
 
 TRIPS = {
-    "a step that the accountant does not know": (lambda s: {"steps": 5}, "budget", "5 trained, 4 accounted"),
-    "a step that was accounted and not trained": (lambda s: {"steps": 3}, "budget", "3 trained, 4 accounted"),
+    "a step that the accountant does not know": (lambda s: {"steps": (5,)}, "budget", "5 trained, 4 accounted"),
+    "a step that was accounted and not trained": (lambda s: {"steps": (3,)}, "budget", "3 trained, 4 accounted"),
     "no spend": (lambda s: {"spend": None}, "budget", "0 accounted"),
     "the spend of another mechanism": (lambda s: {"spend": louder(s)}, "budget", "4 trained, 4 accounted"),
-    "a step that the ledger does not know": (lambda s: {"steps_spent": 3}, "budget", "3 in the ledger"),
+    "a step that the ledger does not know": (lambda s: {"steps_spent": (3,)}, "budget", "3 in the ledger"),
     "a step more than the plan has": (
-        lambda s: {"steps": 5, "spend": spend(s, 5), "steps_spent": 5},
+        lambda s: {"steps": (5,), "spend": spend(s, 5), "steps_spent": (5,)},
         "budget",
         "wanted <= 4",
     ),
-    "a ledger with more than the plan has": (lambda s: {"steps_spent": 6}, "budget", "6 in the ledger"),
+    "a ledger with more than the plan has": (lambda s: {"steps_spent": (6,)}, "budget", "6 in the ledger"),
     "no guards": (lambda s: {"guards_passed": ()}, "guards", "clipping_applied"),
     "a guard that does not exist": (
         lambda s: {"guards_passed": tuple(sorted({*TRAINING_GUARDS, "trust_me"}))},
@@ -148,7 +149,7 @@ def test_the_gate_is_open_exactly_up_to_the_stated_epsilon(private, released, ev
 
 
 def test_the_audit_is_held_against_what_was_spent_and_not_against_the_plans_target(private):
-    half = {"steps": 2, "spend": spend(private, 2)}
+    half = {"steps": (2,), "spend": spend(private, 2)}
     claimed = spend(private, 2).epsilon()
     assert "canary-audit" in refused(private, **half, audit=audit(every_round=claimed + 0.01)).message
     check_release(private.plan, private.outcome(SITE, **half, audit=audit(every_round=claimed - 0.01)))
@@ -177,6 +178,52 @@ def test_a_plan_may_do_without_canaries_and_that_is_said(tiny_plan):
 def test_how_many_must_approve(tiny_plan, asked, wanted):
     plan = tiny_plan(release={} if asked is None else {"min_approvals": asked})
     assert approvals_wanted(plan, ["a", "b"]) == wanted
+
+
+# --- two stages
+
+
+@pytest.fixture(scope="module")
+def staged(tiny_plan):
+    """A stage of 2 steps on the sites' texts before one of 4."""
+    domain = {"rounds": 1, "steps_per_round": 2, "sampling_probability": 1.0, "learning_rate": 0.001}
+    return Signers.of(tiny_plan(private=True, domain=domain))
+
+
+def test_the_gate_tells_the_steps_of_each_stage(staged):
+    got = {check.name: (check.wanted, check.got) for check in check_release(staged.plan, staged.outcome(SITE))}
+    assert got["budget"] == ("<= 2 + 4", "2 + 4")
+    assert 7.9 < float(got["epsilon"][1]) <= 8.0
+
+
+def test_fewer_steps_than_the_plan_has_pass_the_gate_with_the_epsilon_they_cost(staged):
+    for steps in ((2, 2), (0, 4), (2, 0)):
+        changes = {"steps": steps, "spend": staged.plan.spend_of(steps), "audit": audit(every_round=0.01)}
+        got = {check.name: check.got for check in check_release(staged.plan, staged.outcome(SITE, **changes))}
+        assert got["epsilon"] == f"{staged.plan.spend_of(steps).epsilon():.4f}"
+
+
+def test_steps_of_a_stage_beyond_the_plans_close_the_gate_though_the_sum_of_all_is_within(staged):
+    steps = (3, 3)
+    changes = {"steps": steps, "spend": staged.plan.spend_of(steps), "steps_spent": steps}
+    error = refused(staged, **changes)
+    assert "budget: got 3 + 3 trained, 3 + 3 accounted, 3 + 3 in the ledger, wanted <= 2 + 4" in error.message
+    assert "epsilon: got nan" in error.hint
+
+
+def test_the_model_card_tells_the_stages_and_how_to_load_what_writes(staged, private):
+    text = card(staged)
+    assert "- 1 rounds of 2 steps on text of the sites' domains (`continue`)\n- 2 rounds of 2 steps\n" in text
+    assert "AutoModelForCausalLM" in text
+    assert "AutoModelForCausalLM" not in card(private)
+
+
+def test_the_model_card_of_a_language_kind_has_no_labels(tiny_plan):
+    kinds = {"bank": {"task": "instruct"}, "hospital": {"labels": ["急诊", "普通"], "unit": "patient"}}
+    plan = tiny_plan(kinds=kinds)
+    text = model_card(plan, run=RUN, statements=[], utility={"bank": 0.5}, base="b")
+    assert "- `bank`: task instruct, no head of its own; accuracy of the next token on held-back rows 0.500" in text
+    assert "- `hospital`: 2 labels, accuracy on held-back rows not disclosed" in text
 
 
 # --- model card

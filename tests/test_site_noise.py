@@ -209,3 +209,17 @@ def test_two_sites_never_send_the_same_noise():
     plan = plan_of()
     first, second = (encoded(plan, zeros())[0]["global"] for _ in range(2))
     assert (first != second).mean() > 0.2  # the rest is padding
+
+
+def test_a_scope_without_values_gets_no_noise_and_no_guard_vouches_for_it():
+    plan = plan_of()
+    layouts = {**LAYOUTS, BANK: UpdateLayout(BANK, (), ("held_back_count",))}
+    nothing, params, packing = np.zeros(0, np.float32), plan.site_level, plan.packing
+    metrics = {"held_back_count": 3.0}
+    slots, guards = encode_noised({BANK: nothing}, layouts, params=params, packing=packing, metrics=metrics)
+    summed = decode_sum(slots[BANK], layouts[BANK], packing=packing, value_range=1.0, weight_cap=1)
+    assert (summed.metrics, summed.mean.shape, guards) == (metrics, (0,), ())
+    both = {"global": zeros()["global"], BANK: nothing}
+    slots, guards = encode_noised(both, layouts, params=params, packing=packing, metrics=metrics)
+    assert set(slots) == {"global", BANK}
+    assert guards == ("site_noise_added", "site_update_clipped")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedseek.dp.accounting import PrivacySpend
+from fedseek.dp.composition import RunSpend, composed_epsilon, composed_epsilon_rdp
 from fedseek.dp.guards import TRAINING_GUARDS
 from fedseek.errors import Malformed, ReleaseRefused, TooLarge
 from fedseek.plan import check_plan, parse_spec
@@ -17,6 +18,8 @@ from fedseek.statement import (
     MAX_STATEMENT_BYTES,
     NOT_COVERED,
     PrivacyStatement,
+    StageStated,
+    outcome_of,
     parse_statement,
     privacy_statement,
     statement_bytes,
@@ -50,13 +53,14 @@ def refused(signers, **changes) -> str:
 
 def test_a_statement_says_what_was_earned(private):
     said, plan = private.statement(SITE), private.plan
-    assert (said.version, said.run, said.site, said.kind, said.plan_digest) == (2, RUN, SITE, "hospital", plan.digest)
-    assert (said.mechanism, said.unit, said.num_steps) == ("dp-sgd", "patient", 4)
+    assert (said.version, said.run, said.site, said.kind, said.plan_digest) == (3, RUN, SITE, "hospital", plan.digest)
+    assert (said.mechanism, said.unit) == ("dp-sgd", "patient")
     assert said.neighboring_relation == "add or remove one unit"
     assert said.epsilon == plan.spend_after(2).epsilon() <= 8.0
     assert said.epsilon_second_opinion >= said.epsilon
-    assert (said.delta, said.l2_clip_norm, said.sampling_probability) == (1e-3, 1.0, 0.5)
-    assert said.noise_multiplier == plan.privacy.noise_multiplier
+    assert (said.delta, said.l2_clip_norm) == (1e-3, 1.0)
+    wanted = StageStated(noise_multiplier=plan.privacy.noise_multiplier, sampling_probability=0.5, num_steps=4)
+    assert said.stages == (wanted,)
     assert set(TRAINING_GUARDS) <= set(said.guards_passed)
     assert "privacy loss distribution" in said.accountant
     assert set(said.files) == {"adapter_config.json", "adapter_model.safetensors"}
@@ -76,13 +80,13 @@ def test_a_statement_says_what_was_earned(private):
 
 
 def test_a_run_that_stopped_early_states_what_it_spent_and_not_the_plans_target(private):
-    half = state(private, spend=private.plan.spend_after(1), steps=2)
+    half = state(private, spend=private.plan.spend_after(1), steps=(2,))
     assert half.epsilon < state(private).epsilon
-    assert half.num_steps == 2
+    assert half.stages[0].num_steps == 2
 
 
 def test_no_statement_without_a_spend(private):
-    assert "4 steps trained, 0 accounted" in refused(private, spend=None)
+    assert "4 trained, 0 accounted" in refused(private, spend=None)
 
 
 def test_no_statement_without_guards(private):
@@ -99,31 +103,33 @@ def test_no_statement_when_one_guard_did_not_report(private, guard):
 
 @pytest.mark.parametrize(("accounted", "trained"), [(3, 4), (5, 4), (0, 4), (2, 4)])
 def test_no_statement_when_steps_and_spend_differ(private, accounted, trained):
-    spend = PrivacySpend(private.plan.privacy).after(accounted)
-    assert f"{trained} steps trained, {accounted} accounted" in refused(private, spend=spend, steps=trained)
+    spend = private.plan.spend_of([accounted])
+    assert f"{trained} trained, {accounted} accounted" in refused(private, spend=spend, steps=(trained,))
 
 
 def test_no_statement_about_steps_that_are_not_in_the_ledger(private):
-    assert "2 in the ledger" in refused(private, steps_spent=2)
+    assert "2 in the ledger" in refused(private, steps_spent=(2,))
 
 
 def test_steps_in_the_ledger_that_were_never_trained_are_a_loss_and_no_lie(private):
     """Entered before training; the site was killed in between."""
-    assert state(private, spend=private.plan.spend_after(1), steps=2, steps_spent=4).num_steps == 2
+    said = state(private, spend=private.plan.spend_after(1), steps=(2,), steps_spent=(4,))
+    assert said.stages[0].num_steps == 2
 
 
 def test_no_statement_about_another_mechanism_than_the_plans(private):
     louder = dataclasses.replace(private.plan.privacy, noise_multiplier=private.plan.privacy.noise_multiplier * 10)
-    refused(private, spend=PrivacySpend(louder).after(4))
+    refused(private, spend=RunSpend((PrivacySpend(louder, 4),)))
 
 
 def test_no_epsilon_where_the_plan_promises_none(public):
     said = public.statement(SITE)
     assert (said.mechanism, said.accountant) == ("none", "none")
     assert "no noise" in said.trust_model
-    figures = ("epsilon", "epsilon_second_opinion", "delta", "noise_multiplier", "l2_clip_norm", "audit", "site_level")
+    figures = ("epsilon", "epsilon_second_opinion", "delta", "l2_clip_norm", "audit", "site_level")
     assert [getattr(said, name) for name in figures] == [None] * len(figures)
     assert said.guards_passed == ()
+    assert said.stages == (StageStated(noise_multiplier=None, sampling_probability=0.5, num_steps=4),)
 
 
 def test_a_spend_without_a_promise_is_refused_and_earns_no_epsilon(private, public):
@@ -171,7 +177,7 @@ def form(document) -> bytes:
 OTHER_FORMS = {
     "a field too many": lambda d: {**d, "epsilon_is": 0.1},
     "a field too few": lambda d: {name: value for name, value in d.items() if name != "epsilon"},
-    "version 1": lambda d: {**d, "version": 1},
+    "version 2": lambda d: {**d, "version": 2},
     "another order": lambda d: dict(reversed(d.items())),
     "another order within": lambda d: {**d, "files": dict(reversed(d["files"].items()))},
     "an integer for a number": lambda d: {**d, "l2_clip_norm": 1},
@@ -214,3 +220,60 @@ def test_any_bytes_are_a_statement_or_refused(data):
 
 def test_no_field_has_a_default_that_could_go_unsaid():
     assert [each.name for each in msgspec.structs.fields(PrivacyStatement) if not each.required] == ["version"]
+
+
+# --- two stages
+
+DOMAIN = {"rounds": 1, "steps_per_round": 2, "sampling_probability": 1.0, "learning_rate": 0.001}
+
+
+@pytest.fixture(scope="module")
+def staged(tiny_plan):
+    """A stage of 2 steps on the sites' texts before one of 4."""
+    return Signers.of(tiny_plan(private=True, domain=DOMAIN))
+
+
+def test_the_epsilon_of_two_stages_is_that_of_their_composition(staged):
+    said, plan = staged.statement(SITE), staged.plan
+    assert [(stage.num_steps, stage.sampling_probability) for stage in said.stages] == [(2, 1.0), (4, 0.5)]
+    assert [stage.noise_multiplier for stage in said.stages] == [each.privacy.noise_multiplier for each in plan.stages]
+    assert said.epsilon == composed_epsilon(plan.spend_after(3).stages, 1e-3) <= 8.0
+    assert said.epsilon_second_opinion == composed_epsilon_rdp(plan.spend_after(3).stages, 1e-3) > said.epsilon
+    assert parse_statement(statement_bytes(said)) == said
+
+
+def test_a_site_that_rested_in_part_of_a_stage_states_what_it_trained(staged):
+    for steps in ((2, 2), (0, 4), (2, 0)):
+        said = state(staged, steps=steps, spend=staged.plan.spend_of(steps))
+        assert tuple(stage.num_steps for stage in said.stages) == steps
+        assert said.epsilon == staged.plan.spend_of(steps).epsilon() < staged.plan.spend_after(3).epsilon()
+
+
+def test_where_votes_may_end_training_epsilon_is_that_of_the_whole_plan(tiny_plan):
+    """When it ends depends on what earlier steps gave out."""
+    voting = Signers.of(tiny_plan(private=True, training={"early_stopping": {"patience": 1}}))
+    said = state(voting, steps=(2,), spend=voting.plan.spend_of((2,)))
+    assert said.stages[0].num_steps == 2
+    assert said.epsilon == voting.plan.spend_after(2).epsilon() > voting.plan.spend_after(1).epsilon()
+    assert said.epsilon_second_opinion == voting.plan.spend_after(2).epsilon_rdp()
+
+
+@pytest.mark.parametrize(
+    ("trained", "accounted", "in_ledger"),
+    [((2, 4), (4, 2), (2, 4)), ((2, 4), (2, 2), (2, 4)), ((2, 4), (2, 4), (1, 5))],
+    ids=["of the other stage", "not accounted", "in the ledger as the other stage's"],
+)
+def test_steps_of_one_stage_do_not_stand_for_those_of_another(staged, trained, accounted, in_ledger):
+    refused(staged, steps=trained, spend=staged.plan.spend_of(accounted), steps_spent=in_ledger)
+
+
+def test_stages_in_another_order_are_another_mechanism(staged):
+    spend = RunSpend(tuple(reversed(staged.plan.spend_of((4, 2)).stages)))
+    assert spend.steps == (2, 4)
+    refused(staged, spend=spend)
+
+
+def test_a_statement_of_another_number_of_stages_than_the_plan_has_is_refused(staged, private):
+    refused(staged, steps=(6,), spend=private.plan.spend_of((4,)), steps_spent=(6,))
+    with pytest.raises(ReleaseRefused, match="stages: got 2, wanted the plan's 1"):
+        outcome_of(private.plan, staged.statement(SITE), largest_value=0.25)

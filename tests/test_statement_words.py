@@ -21,6 +21,7 @@ from fedseek.statement import (
     CanaryAudit,
     PrivacyStatement,
     SiteLevel,
+    StageStated,
 )
 from fedseek.statement_page import describe_guarantee, describe_statement, privacy_page
 from fedseek.statement_words import CHINESE, ENGLISH, LANGUAGES
@@ -50,9 +51,10 @@ def said(private):
 @both
 def test_every_field_has_a_name(words):
     assert tuple(words.fields) == PrivacyStatement.__struct_fields__
+    assert tuple(words.stage) == StageStated.__struct_fields__
     assert tuple(words.site_level) == SiteLevel.__struct_fields__
     assert tuple(words.audit) == CanaryAudit.__struct_fields__
-    assert all([*words.fields.values(), *words.site_level.values(), *words.audit.values()])
+    assert all([*words.fields.values(), *words.stage.values(), *words.site_level.values(), *words.audit.values()])
 
 
 @both
@@ -80,7 +82,7 @@ def test_every_fixed_text_is_in_chinese():
 
 
 def test_the_tables_say_different_things_in_the_two_languages():
-    for name in ("fields", "site_level", "audit", "guards", "checks"):
+    for name in ("fields", "stage", "site_level", "audit", "guards", "checks"):
         english, chinese = getattr(ENGLISH, name), getattr(CHINESE, name)
         assert english.keys() == chinese.keys()
         assert not [key for key in english if english[key] == chinese[key]]
@@ -89,7 +91,7 @@ def test_the_tables_say_different_things_in_the_two_languages():
 @both
 def test_a_page_shows_every_field_and_every_limit(words, private, said):
     page = privacy_page(private.plan, [said], words, unsigned=["st-anna"])
-    for label in (*words.fields.values(), *words.site_level.values(), *words.audit.values()):
+    for label in (*words.fields.values(), *words.stage.values(), *words.site_level.values(), *words.audit.values()):
         assert label in page
     for line in NOT_COVERED:
         assert f"- {words.term(line)}\n" in page

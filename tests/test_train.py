@@ -3,8 +3,21 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_rounds import (
+    NUM_LABELS,
+    PRIVACY,
+    SETTINGS,
+    changed,
+    everyone,
+    language_model,
+    language_records,
+    plain_round,
+    private_round,
+    tiny_model,
+    toy_records,
+    trained_values,
+)
 from torch import nn
-from transformers import BertConfig, BertModel
 
 from fedseek import train
 from fedseek.dp import guards, private_step
@@ -12,59 +25,10 @@ from fedseek.dp.accounting import PrivacyParams, PrivacySpend
 from fedseek.dp.noise import SecretGaussian
 from fedseek.dp.sampling import Draw
 from fedseek.errors import GuardTripped, InvalidRecords
-from fedseek.lora.model import AdapterModel, LoraParams, build_model
 from fedseek.records import TokenisedRecords
-from fedseek.train import TrainingSettings, make_batch, record_losses, train_round
+from fedseek.train import make_batch, record_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
-
-NUM_LABELS = 3
-SETTINGS = TrainingSettings(
-    sampling_probability=0.5, num_steps=4, learning_rate=0.05, head_learning_rate=0.05, physical_batch_size=8
-)
-PRIVACY = PrivacyParams(noise_multiplier=1.0, sampling_probability=0.5, delta=1e-5, l2_clip_norm=0.5)
-
-
-def tiny_model(dropout: float = 0.0) -> AdapterModel:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    lora = LoraParams(method="ffa", rank=4, alpha=8.0, target_modules=("query", "value"), layers=None, seed=1)
-    return build_model(BertModel(config), lora, num_labels=NUM_LABELS, head_seed=2)
-
-
-def toy_records(num_records: int = 40) -> TokenisedRecords:
-    """The label is told by the first token."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, NUM_LABELS, num_records)
-    rows = [
-        np.concatenate([[1 + label], rng.integers(10, 50, rng.integers(2, 9))]).astype(np.int32) for label in labels
-    ]
-    return TokenisedRecords(rows, labels, np.arange(num_records))
-
-
-def changed(settings: TrainingSettings, **fields: object) -> TrainingSettings:
-    return TrainingSettings(**({name: getattr(settings, name) for name in TrainingSettings.__slots__} | fields))
-
-
-def trained_values(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-
-
-def plain_round(model, records, settings=SETTINGS, **arguments):
-    return train_round(model, records, settings=settings, privacy=None, **arguments)
-
-
-def private_round(model, records, settings=SETTINGS, privacy=PRIVACY, **arguments):
-    return train_round(model, records, settings=settings, privacy=privacy, **arguments)
-
 
 # private rounds
 
@@ -131,7 +95,7 @@ class StatisticalNoise(SecretGaussian):
     """Seeded by the operating system, but by a generator that whoever has seen enough of it can continue."""
 
     def __init__(self):
-        self._generator = np.random.default_rng()
+        self._generators = (np.random.default_rng(),)
 
 
 def test_a_statistical_generator_behind_the_noise_trips(monkeypatch):
@@ -199,10 +163,6 @@ def test_equal_seeds_do_not_make_equal_private_rounds():
     assert not torch.allclose(*moved)
 
 
-def everyone(privacy: PrivacyParams) -> PrivacyParams:
-    return PrivacyParams(privacy.noise_multiplier, 1.0, privacy.delta, privacy.l2_clip_norm)
-
-
 def test_a_private_round_takes_no_seed():
     with pytest.raises(ValueError, match="must stay unknown"):
         private_round(tiny_model(), toy_records(), seed=1)
@@ -236,6 +196,38 @@ def test_no_trace_is_left_and_the_mode_is_restored():
 
 def test_the_training_loss_does_not_show_in_the_outcome():
     assert "loss" not in repr(private_round(tiny_model(), toy_records()))
+
+
+# language tasks
+
+
+def language_round(model=None, records=None, **fields):
+    records = records or language_records(np.random.default_rng(3).integers(2, 12, 40))
+    return private_round(model or language_model(), records, changed(SETTINGS, **fields))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "deepseek_v3"])
+def test_a_language_round_passes_every_guard(family):
+    outcome = language_round(language_model(family), label_smoothing=0.1)
+    assert outcome.guards_passed == tuple(sorted(guards.TRAINING_GUARDS))
+    assert math.isfinite(outcome.mean_loss)
+
+
+class TokenMean(nn.Module):
+    """The loss of Hugging Face's causal models: a mean over the tokens of the batch, so neighbours weigh each other."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids, attention_mask, counted):
+        logits = self.inner(input_ids, attention_mask, counted)
+        return logits * len(input_ids) * 5 / counted.sum()
+
+
+def test_a_mean_over_the_tokens_of_the_batch_trips():
+    with pytest.raises(GuardTripped, match="records_uncoupled"):
+        language_round(TokenMean(language_model()))
 
 
 # rounds without privacy

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from fedseek.errors import InvalidPlan, PlanRefused, UnsupportedMechanism, WrongModel
 from fedseek.identity.roster import Roster, RosterEntry
-from fedseek.lora.source import check_model, locate_model
+from fedseek.lora.source import check_family, check_model, locate_model
 from fedseek.plan import Plan
-from fedseek.records import Records, cap_records
+from fedseek.plan_spec import Task
+from fedseek.records import NEEDED, Records, cap_records
 from fedseek_site.journal import MAX_KEPT_BYTES
 
 ROOM_BESIDE_WEIGHTS = 50_000_000  # bytes of a state for plan, keys and shares
@@ -74,10 +75,19 @@ def check_admission(plan: Plan, roster: Roster, *, me: RosterEntry, data: SiteDa
             f"delta {plan.privacy.delta:g} is not below 1 / number of units of this site",
             hint="a delta of 1/n permits publishing one unit outright; agree on a smaller delta",
         )
-    if task.metric == "auc" and len(set(data.held_back.labels)) < 2:
+    for wanted in tasks_of(plan, me.kind):
+        if not all(records.of_task(wanted) for records in (data.train, data.held_back)):
+            raise PlanRefused(
+                me.name,
+                f"the plan has a task {wanted}, this site's data has no record for it",
+                hint=f"wanted {NEEDED[wanted]}, to train on and held back; name the columns in site.toml, [data]",
+            )
+    if task.metric == "auc" and len(set(data.held_back.of_task("classify").labels)) < 2:
         raise PlanRefused(me.name, "the plan asks for an AUC, the rows held back here have one label only")
     try:
-        check_model(locate_model(plan.spec.model.source), plan.spec.model.sha256)
+        folder = locate_model(plan.spec.model.source)
+        check_model(folder, plan.spec.model.sha256)
+        check_family(folder, plan.spec.model.family)
     except WrongModel as error:
         raise PlanRefused(me.name, "the base model here is not the one the plan names", hint=error.message) from error
 
@@ -88,7 +98,10 @@ def check_labels(plan: Plan, kind: str, data: SiteData) -> None:
     Raises:
         InvalidPlan: a label in the data is not in the plan.
     """
-    unknown = (set(data.train.labels) | set(data.held_back.labels)) - set(plan.spec.kinds[kind].labels)
+    task = plan.spec.kinds[kind]
+    if task.task != "classify":  # whatever labels are there are not looked at
+        return
+    unknown = (set(data.train.labels) | set(data.held_back.labels)) - {*task.labels, ""}
     if unknown:
         raise InvalidPlan([f"kinds.{kind}: {len(unknown)} label(s) of this site's data are not in the plan"])
 
@@ -124,6 +137,11 @@ def check_site_level(plan: Plan, num_values: int, *, me: str) -> None:
         plan.site_level.largest_norm(num_values)
     except UnsupportedMechanism as error:
         raise PlanRefused(me, error.message, hint=error.hint) from error
+
+
+def tasks_of(plan: Plan, kind: str) -> tuple[Task, ...]:
+    """What sites of ``kind`` train on over the plan's stages, each task once."""
+    return tuple(dict.fromkeys(plan.task_in(kind, stage.first_round) for stage in plan.stages))
 
 
 def units_for(plan: Plan, kind: str, records: Records) -> Records:

@@ -23,6 +23,7 @@ from fedseek_site.ledger_entries import (
     RunName,
     epsilon_of,
     epsilon_rdp_of,
+    parts_of,
 )
 
 MOST_RUNS: Final = 50  # the newest, one by one; the others count in the sums
@@ -30,19 +31,25 @@ MOST_RUNS: Final = 50  # the newest, one by one; the others count in the sums
 Digest = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{12,64})?\Z")]
 
 
+class PlannedStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """As much of a stage as its cost depends on."""
+
+    mechanism: Mechanism | None
+    steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+
+
 class Planned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """As much of a plan as its cost depends on."""
 
     name: Annotated[str, msgspec.Meta(max_length=63)]
     digest: Digest
-    mechanism: Mechanism | None
-    steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    stages: Annotated[tuple[PlannedStage, ...], msgspec.Meta(min_length=1, max_length=8)]
 
     @classmethod
     def of(cls, plan: Plan) -> Planned:
         """Of this plan."""
-        mechanism = Mechanism.of(plan.privacy)
-        return cls(name=plan.spec.name, digest=plan.digest, mechanism=mechanism, steps=plan.total_steps)
+        stages = tuple(PlannedStage(mechanism=mechanism, steps=steps) for mechanism, steps in parts_of(plan))
+        return cls(name=plan.spec.name, digest=plan.digest, stages=stages)
 
 
 class BudgetAsked(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -62,8 +69,21 @@ class RunEnded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True, slots=True)
+class MechanismCost:
+    """Of one mechanism of a run, which has one for each stage that differs in it; None without privacy."""
+
+    noise_multiplier: float | None
+    sampling_probability: float | None
+    steps: int
+    set_aside_steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunCost:
-    """One run. ``unit`` is empty where the run was not admitted by a policy, as in a simulation."""
+    """One run. ``unit`` is empty where the run was not admitted by a policy, as in a simulation.
+
+    ``epsilon`` is of all that was trained in it.
+    """
 
     run: str
     state: Literal["open", "ended"]
@@ -71,8 +91,7 @@ class RunCost:
     rounds: int
     steps: int
     set_aside_steps: int
-    noise_multiplier: float | None
-    sampling_probability: float | None
+    mechanisms: list[MechanismCost]
     epsilon: float | None
 
 
@@ -173,39 +192,52 @@ def as_document(budget: Budget) -> dict[str, Any]:
 
 
 def _runs(account: Account, delta: float) -> list[RunCost]:
-    reservations = {each.run: each for each in account.reservations()}
-    parts: dict[str, list[Part]] = {run: [] for run in reservations}
+    units = {each.run: each.unit for each in account.reservations()}
+    parts: dict[str, list[Part]] = {run: [] for run in units}
     for spent in account.spends():
         parts.setdefault(spent.run, []).append((spent.mechanism, spent.steps))
     found = []
     for run, trained in list(parts.items())[-MOST_RUNS:]:
-        reserved = reservations.get(run)
-        mechanism = trained[0][0] if trained else reserved.mechanism if reserved else None
-        steps = sum(count for _, count in trained)
-        is_open = reserved is not None and run not in account.ended
+        mechanisms = _mechanisms(account, run, trained)
         found.append(
             RunCost(
                 run=run,
-                state="open" if is_open else "ended",
-                unit=reserved.unit if reserved else "",
+                state="open" if account.reserved_by(run) else "ended",
+                unit=units.get(run, ""),
                 rounds=len(trained),
-                steps=steps,
-                set_aside_steps=max(0, reserved.steps - steps) if reserved is not None and is_open else 0,
-                noise_multiplier=mechanism.noise_multiplier if mechanism else None,
-                sampling_probability=mechanism.sampling_probability if mechanism else None,
+                steps=sum(each.steps for each in mechanisms),
+                set_aside_steps=sum(each.set_aside_steps for each in mechanisms),
+                mechanisms=mechanisms,
                 epsilon=_bounded(epsilon_of(trained, delta)),
             )
         )
     return found
 
 
+def _mechanisms(account: Account, run: str, trained: Sequence[Part]) -> list[MechanismCost]:
+    """In the order of the plan's stages."""
+    set_aside = {each.mechanism: each.steps for each in account.reserved_by(run)}
+    found = []
+    for mechanism in dict.fromkeys([*set_aside, *(each for each, _ in trained)]):
+        steps = sum(count for each, count in trained if each == mechanism)
+        found.append(
+            MechanismCost(
+                noise_multiplier=mechanism.noise_multiplier if mechanism else None,
+                sampling_probability=mechanism.sampling_probability if mechanism else None,
+                steps=steps,
+                set_aside_steps=max(0, set_aside.get(mechanism, 0) - steps),
+            )
+        )
+    return found
+
+
 def _cost(planned: Planned, before: list[Part], limit: Limit) -> PlanCost:
-    own = (planned.mechanism, planned.steps)
-    after = epsilon_of([*before, own], limit.delta)
+    own = [(stage.mechanism, stage.steps) for stage in planned.stages]
+    after = epsilon_of([*before, *own], limit.delta)
     return PlanCost(
         name=planned.name,
         digest=planned.digest,
-        epsilon=_bounded(epsilon_of([own], limit.delta)),
+        epsilon=_bounded(epsilon_of(own, limit.delta)),
         total_after=_bounded(after),
         fits=limit.allows(after),
     )

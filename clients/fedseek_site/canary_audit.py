@@ -21,13 +21,23 @@ import torch
 from msgspec.structs import replace
 
 from fedseek.apply import ScopeState
-from fedseek.canaries import SEED_BYTES, Canaries, Scores, canary_losses, change_scores, make_canaries, with_canaries
+from fedseek.canaries import (
+    SEED_BYTES,
+    Canaries,
+    Scores,
+    as_words,
+    canary_losses,
+    change_scores,
+    make_canaries,
+    with_canaries,
+)
 from fedseek.canary_record import RECORD_FILE, CanaryRecord, read_canary_record, work_out, write_canary_record
-from fedseek.dp.accounting import PrivacySpend
 from fedseek.dp.auditing import AuditOutcome
 from fedseek.encode import unflatten
 from fedseek.errors import FedseekError, Malformed, ReleaseRefused
+from fedseek.lora.model import set_trainable
 from fedseek.plan import GLOBAL_SCOPE
+from fedseek.plan_spec import Task
 from fedseek.records import TokenisedRecords
 from fedseek_site.state import CanaryState, SiteState
 from fedseek_site.weights import load_weights
@@ -48,20 +58,21 @@ def draw_canaries(run: SiteRun) -> CanaryState | None:
     return CanaryState(seed=seed, first_losses=_to_bytes(losses), round_scores=_to_bytes(np.zeros_like(losses)))
 
 
-def training_records(run: SiteRun, state: SiteState) -> TokenisedRecords:
-    """What a round trains on: the site's records, and the canaries whose coin says in."""
+def training_records(run: SiteRun, state: SiteState, *, number: int) -> TokenisedRecords:
+    """What round ``number`` trains on: the site's records for its task, and the canaries whose coin says in."""
+    records = run.train_in(number)
     if state.canaries is None:
-        return run.train_records
-    return with_canaries(run.train_records, _canaries(run, state.canaries.seed))
+        return records
+    return with_canaries(records, _canaries(run, state.canaries.seed, run.task_in(number)))
 
 
-def expected_units(run: SiteRun, state: SiteState) -> float:
-    """What a step's divisor counts: the site's units and half of the canaries, whatever the coins say.
+def expected_units(run: SiteRun, state: SiteState, *, number: int) -> float:
+    """What a step's divisor counts: the site's units in the round's task and half of the canaries, whatever the coins say.
 
     Were those counted that are in, the size of an update would tell how many: no coin may be in anything but the gradients.
     """
     expected = 0.0 if state.canaries is None else run.plan.num_canaries / 2
-    return run.train_records.num_units + expected
+    return run.train_in(number).num_units + expected
 
 
 def watch_sum(
@@ -69,21 +80,24 @@ def watch_sum(
     seen: CanaryState | None,
     before: Mapping[str, ScopeState],
     after: Mapping[str, ScopeState],
+    *,
+    number: int,
 ) -> CanaryState | None:
-    """Add to the scores what the sum of one round, with this site in it, says of each candidate."""
+    """Add to the scores what the sum of round ``number``, with this site in it, says of each candidate."""
     if seen is None:
         return None
-    training = run.plan.spec.training
+    stage = run.plan.stage_of(number)
     change: dict[str, torch.Tensor] = {}
     for scope in run.shared:
         # noise and gradients alike are scaled by the learning rate: undone, no scope drowns the other
-        rate = training.learning_rate if scope == GLOBAL_SCOPE else training.head_learning_rate
+        rate = stage.learning_rate if scope == GLOBAL_SCOPE else stage.head_learning_rate
         moved = (after[scope].weights - before[scope].weights) / np.float32(rate)
         change |= {name: torch.from_numpy(value) for name, value in unflatten(moved, before[scope].layout).items()}
     load_weights(run.model, before)
-    scores = change_scores(
-        run.model, _canaries(run, seen.seed), change, l2_clip_norm=run.plan.spec.privacy.l2_clip_norm
-    )
+    task = run.task_in(number)
+    set_trainable(run.model, method=run.plan.spec.lora.method, task=task, number=number)
+    canaries = _canaries(run, seen.seed, task)
+    scores = change_scores(run.model, canaries, change, l2_clip_norm=run.plan.spec.privacy.l2_clip_norm)
     return replace(seen, round_scores=_to_bytes(_from_bytes(seen.round_scores) + scores), rounds=seen.rounds + 1)
 
 
@@ -122,14 +136,14 @@ def audit_outcome(run: SiteRun, state: SiteState, scopes: Mapping[str, ScopeStat
 
 
 def _record(run: SiteRun, state: SiteState, canaries: Canaries, released: Scores, every_round: Scores) -> CanaryRecord:
-    privacy = run.plan.privacy
+    spend = run.plan.claimed(run.plan.spend_of(state.steps_accounted))
     return CanaryRecord(
         run=run.name,
         site=run.me,
         kind=run.identity.kind,
         plan_digest=run.plan.digest,
-        claim=PrivacySpend(privacy, state.steps_accounted).epsilon() if privacy else None,
-        delta=privacy.delta if privacy else 0.0,
+        claim=spend.epsilon() if spend else None,
+        delta=spend.delta if spend else 0.0,
         confidence=run.plan.spec.audit.confidence,
         rounds=state.canaries.rounds if state.canaries else 0,
         coins=tuple(canaries.coins.tolist()),
@@ -160,9 +174,11 @@ def _free_name(path: Path) -> Path:
     return aside
 
 
-def _canaries(run: SiteRun, seed: bytes) -> Canaries:
-    num_labels = len(run.plan.spec.kinds[run.identity.kind].labels)
-    return make_canaries(seed, run.plan.num_canaries, run.vocabulary, num_labels=num_labels)
+def _canaries(run: SiteRun, seed: bytes, task: Task | None = None) -> Canaries:
+    """The candidates in the form they have in ``task``: by default that of the site's kind, which the run ends with."""
+    spec = run.plan.spec.kinds[run.identity.kind]
+    canaries = make_canaries(seed, run.plan.num_canaries, run.vocabulary, num_labels=max(1, len(spec.labels)))
+    return canaries if (task or spec.task) == "classify" else as_words(canaries)
 
 
 def _to_bytes(values: Scores) -> bytes:

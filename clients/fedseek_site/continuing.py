@@ -99,6 +99,7 @@ def _at_round(me: str, state: SiteState, number: int) -> SiteState:
         contributors=before.contributors,
         last_applied=number,
         before=None,
+        resting_since=0 if state.resting_since > number else state.resting_since,  # that sum is applied no more
     )
 
 

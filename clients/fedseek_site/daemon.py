@@ -17,13 +17,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from fedseek.daemon.audit import RETENTION_DAYS, AuditChain
 from fedseek.daemon.process import following, only_one
 from fedseek.daemon.reports import EventLog
 from fedseek.daemon.supervise import supervise
 from fedseek.errors import InvalidConfig, Malformed
 from fedseek.identity.signing import sign
+from fedseek.lora.compute import Compute
 from fedseek_site.approvals import Approvals
+from fedseek_site.computing import computes_of, describe
 from fedseek_site.config import POLICY_FILE, SiteConfig, load_config, read_site_data
 from fedseek_site.courier import courier
 from fedseek_site.desk import Desk
@@ -69,16 +73,14 @@ def run_daemon(folder: Path, stop: threading.Event, *, passphrase: str | None = 
 @contextmanager
 def serving(site: SiteFolder, config: SiteConfig, paths: Paths, changed: Callable[[], None]) -> Iterator[Desk]:
     """The site service behind its sockets, for the block; on leaving, calls under way end and the journal is closed."""
-    if config.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.threads)
+    computes, told = _computing(config)
     paths.run.mkdir(mode=0o750, exist_ok=True)
     with ExitStack() as closing:
         audit = _audit_chain(site, paths)
         closing.callback(audit.close)
         report = EventLog(paths.folder / config.folders.report)
         closing.callback(report.close)
+        report.write(told)
         data = read_site_data(paths.folder, config.data)
         report.write(
             {
@@ -98,6 +100,7 @@ def serving(site: SiteFolder, config: SiteConfig, paths: Paths, changed: Callabl
             data=data,
             state=paths.state,
             release=paths.folder / config.folders.release,
+            computes=computes,
         )
         closing.callback(desk.service.close)
         fingerprint = fingerprint_of(paths.folder / config.data.train)
@@ -118,6 +121,16 @@ def serving(site: SiteFolder, config: SiteConfig, paths: Paths, changed: Callabl
         api = local_api(desk, paths, config)
         closing.callback(serve_local(api, paths.run, record=audit.record, groups=config.sockets.by_role), GRACE_SECONDS)
         yield desk
+
+
+def _computing(config: SiteConfig) -> tuple[tuple[Compute, ...], dict[str, Any]]:
+    """What the site trains on, and what to tell of it."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    computes = computes_of(config.compute)
+    told = describe(computes)
+    _log.info("trains on %s", ", ".join(f"{key} {value}" for key, value in told.items() if key != "event"))
+    return computes, told
 
 
 def local_api(desk: Desk, paths: Paths, config: SiteConfig) -> LocalApi:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +23,7 @@ from fedseek.errors import AuditBroken, FedseekError, MessageError, PlanRefused,
 from fedseek.identity.enrolment import parse_renewal
 from fedseek.identity.roster import Roster
 from fedseek.identity.signed_roster import changes
+from fedseek.lora.compute import Compute
 from fedseek.plan import Plan, plan_from_canonical
 from fedseek_site.admission import SiteData
 from fedseek_site.enrol import SiteFolder, begin_renewal, finish_renewal, take_roster
@@ -75,6 +76,7 @@ class Desk:
         data: SiteData,
         state: Path,
         release: Path,
+        computes: Sequence[Compute] = (),
     ) -> Desk:
         """A desk with the service behind it.
 
@@ -87,6 +89,7 @@ class Desk:
             data: its records.
             state: folder of the journal.
             release: folder of released adapters.
+            computes: what each process that trains computes on.
 
         Raises:
             FedseekError: the journal cannot be opened.
@@ -108,6 +111,7 @@ class Desk:
             observe=observe,
             permit=lambda *asked: desk.permit(*asked),
             permit_release=permission.releases.permit,
+            computes=computes,
         )
         desk = cls(site, service, audit, permission, changed)
         return desk

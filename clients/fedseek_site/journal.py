@@ -20,7 +20,7 @@ import hashlib
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Final, Self
 
 from fedseek.daemon.database import begin_or_check, check_whole, connect, take_folder, told_as_ours, transaction
 from fedseek.errors import JournalUnusable, TooLarge, WrongRound
-from fedseek.identity.vault import StorageKey, open_at_rest, seal_at_rest
+from fedseek.identity.vault import StorageKey, open_at_rest, seal_at_rest, seal_in_parts
 
 JOURNAL_FILE: Final = "site.sqlite3"
 LOCK_FILE: Final = "site.lock"
@@ -38,6 +38,7 @@ MAX_KEPT_BYTES: Final = 900_000_000  # SQLite as usually built takes rows of 10*
 ROUNDS_KEPT: Final = 2  # answers older than this many rounds before the newest of their phase are dropped
 MAX_REFUSALS_KEPT: Final = 1000  # a run; more are refused all the same, but a coordinator cannot fill the disk
 
+_PIECE: Final = 1 << 20  # bytes written at once
 _MAX_RUN_CHARS, _MAX_ROUND = 128, 2**31 - 1
 _PHASE = re.compile(r"[a-z][a-z-]{0,31}")
 _APPLICATION_ID: Final = 0x46534A31  # "FSJ1": tells this file from any other SQLite database
@@ -191,16 +192,21 @@ class Journal:
         _check_size(f"reply of {step}", reply)
         _check_size(f"state after {step}", state or b"")
         digest = hashlib.sha256(request).digest()
-        sealed_reply = seal_at_rest(self._key, reply, purpose=_reply_purpose(step, digest))
-        sealed_state = None if state is None else seal_at_rest(self._key, state, purpose=_state_purpose(step.run))
+        sealed_reply = seal_in_parts(self._key, reply, purpose=_reply_purpose(step, digest))
+        sealed_state = None if state is None else seal_in_parts(self._key, state, purpose=_state_purpose(step.run))
         with self._transaction() as db:
             _refuse_repetition(db, step)
-            db.execute(
-                "INSERT INTO steps (run, phase, round, request, reply) VALUES (?, ?, ?, ?, ?)",
-                (*_columns(step), digest, sealed_reply),
-            )
+            row = db.execute(
+                "INSERT INTO steps (run, phase, round, request, reply) VALUES (?, ?, ?, ?, zeroblob(?))",
+                (*_columns(step), digest, sum(map(len, sealed_reply))),
+            ).lastrowid
+            _fill(db, "steps", "reply", row, sealed_reply)
             if sealed_state is not None:
-                db.execute("REPLACE INTO states (run, sealed) VALUES (?, ?)", (step.run, sealed_state))
+                size = sum(map(len, sealed_state))
+                row = db.execute(
+                    "REPLACE INTO states (run, sealed) VALUES (?, zeroblob(?))", (step.run, size)
+                ).lastrowid
+                _fill(db, "states", "sealed", row, sealed_state)
             db.execute(
                 "UPDATE steps SET reply = NULL WHERE run = ? AND phase = ? AND round < ? AND reply IS NOT NULL",
                 (step.run, step.phase, step.round - ROUNDS_KEPT),
@@ -284,6 +290,15 @@ def _columns(step: Step) -> tuple[str, str, int]:
 
 def _is_forgotten(db: sqlite3.Connection, run: str) -> bool:
     return db.execute("SELECT 1 FROM forgotten WHERE run = ?", (run,)).fetchone() is not None
+
+
+def _fill(db: sqlite3.Connection, table: str, column: str, row: int | None, parts: Iterable[bytes]) -> None:
+    """Write what a zeroblob made room for, piece by piece: what is given whole, SQLite copies."""
+    assert row is not None  # noqa: S101 -- one was inserted
+    with db.blobopen(table, column, row) as blob:
+        for part in parts:
+            for start in range(0, len(part), _PIECE):
+                blob.write(memoryview(part)[start : start + _PIECE])
 
 
 def _refuse_repetition(db: sqlite3.Connection, step: Step) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import RLock
 from typing import Final
@@ -41,6 +41,7 @@ from fedseek_site.ledger_entries import (
     Limit,
     Mechanism,
     Noted,
+    Part,
     Reserved,
     Spent,
     chain_digest,
@@ -93,7 +94,7 @@ class Ledger:
         self._path, self._dataset, self._limit, self._clock = path, dataset, limit, clock
         self._turn = RLock()  # for what is read here and then written, beside the file's own
         self._data = 0  # number of the data entry in use; 0: no data was taken yet
-        self._follows: dict[str, tuple[str, int]] = {}
+        self._follows: dict[str, tuple[str, tuple[int, ...]]] = {}
 
         def begin(db: sqlite3.Connection) -> None:
             if begin_or_check(db, path, _APPLICATION_ID, _SCHEMA, what="a site's privacy ledger of version 1"):
@@ -136,58 +137,58 @@ class Ledger:
                     num_new=len(new),
                     at=self._clock(),
                 )
-                noted = self._insert(db, taken)
+                [noted] = self._insert(db, [taken])
             self._entries.append(noted)
             self._data = noted.number
             return fingerprint
 
     # --- runs ---
 
-    def follow(self, run: str, former: str, *, steps: int) -> None:
-        """A run is about to be offered that goes on from ``former``, whose ``steps`` it need not train again."""
+    def follow(self, run: str, former: str, *, steps: Sequence[int]) -> None:
+        """A run is about to be offered that goes on from ``former``, whose ``steps`` (by stage) it need not train again."""
         with self._turn:
-            self._follows[run] = (former, steps)
+            self._follows[run] = (former, tuple(steps))
 
-    def total_after(self, run: str, privacy: PrivacyParams | None, steps: int, *, plan: str, delta: float) -> float:
+    def total_after(self, run: str, parts: Sequence[Part], *, plan: str, delta: float) -> float:
         """Epsilon at ``delta`` over the life of the data once this run, and all others that were admitted, are through.
 
         Args:
             run: its name; "" where it has none yet. One that was admitted with this plan is counted once.
-            privacy: of its plan; None: infinite.
-            steps: of its whole plan.
+            parts: of its whole plan, one a stage; a mechanism of None is infinite.
             plan: digest.
             delta: of the account.
         """
         with self._turn:
             account = self._account()
-            former, taken_over = self._follows.get(run, ("", 0))
-            parts = account.spent() + account.reserved(without=former)
-            if (admitted := account.reservation(run)) is None or admitted.plan != plan:
-                parts.append((Mechanism.of(privacy), max(0, steps - taken_over)))
-        return epsilon_of(parts, delta)
+            former, _ = self._follows.get(run, ("", ()))
+            all_parts = account.spent() + account.reserved(without=former)
+            if not any(admitted.plan == plan for admitted in account.reserved_by(run)):
+                all_parts += self._left(run, parts)
+        return epsilon_of(all_parts, delta)
 
-    def reserve(self, run: str, privacy: PrivacyParams | None, steps: int, *, plan: str, unit: str) -> None:
+    def reserve(self, run: str, parts: Sequence[Part], *, plan: str, unit: str) -> None:
         """Set aside what an admitted run may train; the same again changes nothing.
+
+        Args:
+            run: its name.
+            parts: of its whole plan, one a stage.
+            plan: digest.
+            unit: what the plan protects.
 
         Raises:
             WrongRound: it was admitted with another plan.
             JournalUnusable: the disk is full or fails, or the file is damaged.
         """
         with self._turn:
-            if (known := self._reservation(run)) is not None:
-                if known.plan != plan:
+            if known := self._reserved_by(run):
+                if known[0].plan != plan:
                     raise WrongRound(f"run {run!r} was admitted to the privacy ledger with another plan")
                 return
-            _, taken_over = self._follows.get(run, ("", 0))
+            data, now = self._account_data(), self._clock()
             self._append(
-                Reserved(
-                    run=run,
-                    plan=plan,
-                    unit=unit,
-                    data=self._account_data(),
-                    mechanism=Mechanism.of(privacy),
-                    steps=max(0, steps - taken_over),
-                    at=self._clock(),
+                *(
+                    Reserved(run=run, plan=plan, unit=unit, data=data, mechanism=mechanism, steps=steps, at=now)
+                    for mechanism, steps in self._left(run, parts)
                 )
             )
 
@@ -200,7 +201,7 @@ class Ledger:
         Args:
             run: its name.
             number: of the round.
-            privacy: of the plan; None is entered as infinite.
+            privacy: of the round's stage; None is entered as infinite.
             steps: of the round.
 
         Raises:
@@ -222,15 +223,16 @@ class Ledger:
                 return entered
             if run in account.ended:
                 raise WrongRound(f"run {run!r} was ended in the privacy ledger; nothing more is trained in it")
-            if (reserved := self._reservation(run)) is not None and reserved.mechanism != asked.mechanism:
+            reserved = self._reserved_by(run)
+            if reserved and asked.mechanism not in [each.mechanism for each in reserved]:
                 raise WrongRound(f"run {run!r} was admitted to the privacy ledger with another mechanism")
             self._check_limit(asked, account)
-            return self._append(asked)
+            return self._append(asked)[0]
 
     def end(self, run: str) -> bool:
         """The run trains no more here, now or later: free what it had reserved. Whether it had been open."""
         with self._turn:
-            if self._reservation(run) is None or run in self._account().ended:
+            if not self._reserved_by(run) or run in self._account().ended:
                 return False
             self._append(Ended(run=run, at=self._clock()))
             return True
@@ -239,7 +241,8 @@ class Ledger:
         """End all runs that were admitted before this one: a site is in one run at a time, and never in an older one."""
         with self._turn:
             account = self._account()
-            admitted = [noted.entry.run for noted in self._entries if isinstance(noted.entry, Reserved)]
+            named = [noted.entry.run for noted in self._entries if isinstance(noted.entry, Reserved)]
+            admitted = list(dict.fromkeys(named))
             before = admitted[: admitted.index(run)] if run in admitted else []
             for earlier in before:
                 if earlier not in account.ended:
@@ -291,9 +294,18 @@ class Ledger:
             raise JournalUnusable(f"privacy ledger {self._path}: no data set was taken yet; wanted one before any run")
         return self._data
 
-    def _reservation(self, run: str) -> Reserved | None:
+    def _reserved_by(self, run: str) -> list[Reserved]:
+        """Of this run on whatever data, ended or not; one entry a mechanism."""
         reserved = (noted.entry for noted in self._entries if isinstance(noted.entry, Reserved))
-        return next((entry for entry in reserved if entry.run == run), None)
+        return [entry for entry in reserved if entry.run == run]
+
+    def _left(self, run: str, parts: Sequence[Part]) -> list[Part]:
+        """What of a plan a run may train, less what was trained in one it goes on from; one part a mechanism."""
+        _, taken_over = self._follows.get(run, ("", ()))
+        left: dict[Mechanism | None, int] = {}
+        for (mechanism, steps), before in zip(parts, (*taken_over, *[0] * len(parts)), strict=False):
+            left[mechanism] = left.get(mechanism, 0) + max(0, steps - before)
+        return list(left.items())
 
     def _entered(self, asked: Spent, account: Account) -> Noted | None:
         for noted in self._entries:
@@ -317,25 +329,23 @@ class Ledger:
         limit = self._limit() if asked.mechanism is not None else None
         if limit is None:
             return
-        spent, reservation = account.spent(), account.reservation(asked.run)
-        if reservation is not None and reservation.mechanism == asked.mechanism:
-            trained = sum(each.steps for each in account.spends() if each.run == asked.run)
-            fits = trained + asked.steps <= reservation.steps
-            if fits and limit.allows(epsilon_of(spent + account.reserved(), limit.delta)):
-                return
+        spent = account.spent()
+        if account.fits(asked) and limit.allows(epsilon_of(spent + account.reserved(), limit.delta)):
+            return
         after = epsilon_of([*spent, (asked.mechanism, asked.steps)], limit.delta)
         if not limit.allows(after):
             raise BudgetExceeded(
                 spent=epsilon_of(spent, limit.delta), asked=after, limit=limit.epsilon, delta=limit.delta
             )
 
-    def _append(self, entry: Entry) -> Noted:
+    def _append(self, *entries: Entry) -> list[Noted]:
+        """All of them, or none."""
         with self._file.transaction() as db:
-            noted = self._insert(db, entry)
-        self._entries.append(noted)
+            noted = self._insert(db, entries)
+        self._entries += noted
         return noted
 
-    def _insert(self, db: sqlite3.Connection, entry: Entry) -> Noted:
+    def _insert(self, db: sqlite3.Connection, entries: Sequence[Entry]) -> list[Noted]:
         number, previous = self.head()
         on_disk = db.execute("SELECT number, digest FROM entries ORDER BY number DESC LIMIT 1").fetchone()
         if (on_disk or (0, FIRST_DIGEST)) != (number, previous):
@@ -343,9 +353,12 @@ class Ledger:
                 f"privacy ledger {self._path} was written to by another process; wanted it for this one alone",
                 hint="find that process and stop it, then start this one again",
             )
-        encoded = encode_entry(entry)
-        noted = Noted(number + 1, chain_digest(previous, encoded), entry)
-        db.execute("INSERT INTO entries VALUES (?, ?, ?)", (noted.number, encoded, noted.digest))
+        noted: list[Noted] = []
+        for entry in entries:
+            encoded = encode_entry(entry)
+            previous, number = chain_digest(previous, encoded), number + 1
+            noted.append(Noted(number, previous, entry))
+            db.execute("INSERT INTO entries VALUES (?, ?, ?)", (number, encoded, previous))
         return noted
 
 

@@ -1,20 +1,23 @@
 """Whose data it was: keyed hashes of names, people and texts, by which a ledger knows data again.
 
-    same name, or one person or one text in common  ->  the same account      (docs/ledger.md)
+    same name, or one person, text or dialogue in common  ->  the same account      (docs/ledger.md)
 
-Both people and texts are hashed, whichever of the two a plan protects: a change of the unit does not begin anew.
+People, texts and dialogues are hashed, whichever of them a plan protects or learns from: neither a change of the unit nor
+one of the task begins anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import sqlite3
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from fedseek.dialogues import Dialogue
 from fedseek.errors import AuditBroken
 from fedseek_site.ledger_entries import DataTaken, Noted
 
@@ -28,7 +31,7 @@ class Readable(Protocol):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """One a record."""
+        """One a record, "" where it has none."""
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -37,6 +40,10 @@ class Readable(Protocol):
     @property
     def unit_column(self) -> str | None:
         """None: every record counts as a person of its own."""
+
+    @property
+    def dialogues(self) -> tuple[Dialogue, ...]:
+        """One a record, an empty one where it has none; or nothing at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +57,9 @@ class Hasher:
         return self._hash(b"name", _normal(dataset))
 
     def of_records(self, records: Readable) -> set[bytes]:
-        """Of every text, and of every person where a column names them."""
-        found = {self._hash(b"text", _normal(text)) for text in records.texts}
+        """Of every text and dialogue, and of every person where a column names them."""
+        found = {self._hash(b"text", _normal(text)) for text in records.texts if text}
+        found |= {self._hash(b"dialogue", _said(dialogue)) for dialogue in records.dialogues if dialogue}
         if records.unit_column is not None:
             found |= {self._hash(b"unit", _normal(unit)) for unit in set(records.units)}
         return found
@@ -103,6 +111,12 @@ def check_seen(db: sqlite3.Connection, entries: Sequence[Noted], *, source: str)
             f"privacy ledger {source}: the people and texts of entry {odd[0]} are not those it was written with",
             hint="nothing is trained on a ledger that was altered: find out who changed it, restore the newest",
         )
+
+
+def _said(dialogue: Dialogue) -> bytes:
+    """What user and assistant said, in turn; what a system turn told the model before is nobody's, and often changed."""
+    spoken = [_normal(turn.text).decode() for turn in dialogue if turn.role != "system"]
+    return json.dumps(spoken, ensure_ascii=False).encode()
 
 
 def _normal(text: str) -> bytes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Final
@@ -23,6 +24,7 @@ import msgspec
 from fedseek.dp.accounting import PrivacyParams, PrivacySpend
 from fedseek.dp.composition import composed_epsilon, composed_epsilon_rdp
 from fedseek.errors import AuditBroken, UnsupportedMechanism
+from fedseek.plan import Plan
 
 FIRST_DIGEST: Final = bytes(32)  # what the first entry follows
 _DOMAIN: Final = b"fedseek/ledger/v1\0"
@@ -99,13 +101,15 @@ class DataTaken(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class Reserved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="reserved", tag_field="kind"):
     """A run was admitted: what it may train counts until it is trained, or the run has ended.
 
+    A run whose stages have different noise has an entry for each mechanism, entered together.
+
     Attributes:
         run: its name.
         plan: digest.
         unit: what the plan protects.
         data: number of the data entry.
         mechanism: None for a run without privacy.
-        steps: it has left: all of the plan's, less those of a run that it goes on from.
+        steps: of this mechanism that it has left: all of the plan's, less those of a run that it goes on from.
         at: Unix seconds.
     """
 
@@ -224,18 +228,33 @@ class Account:
 
     def reserved(self, *, without: str = "") -> list[Part]:
         """What admitted runs that have not ended may still train; one of them can be left out."""
-        trained: dict[str, int] = {}
-        for spent in self.spends():
-            trained[spent.run] = trained.get(spent.run, 0) + spent.steps
+        trained = self._trained()
         return [
-            (each.mechanism, max(0, each.steps - trained.get(each.run, 0)))
+            (each.mechanism, max(0, each.steps - trained[each.run, each.mechanism]))
             for each in self.reservations()
             if each.run not in self.ended and each.run != without
         ]
 
-    def reservation(self, run: str) -> Reserved | None:
-        """Of this run; None if it has none, or has ended."""
-        return next((each for each in self.reservations() if each.run == run and run not in self.ended), None)
+    def reserved_by(self, run: str) -> list[Reserved]:
+        """Of this run, one a mechanism; none if it was not admitted, or has ended."""
+        return [each for each in self.reservations() if each.run == run and run not in self.ended]
+
+    def fits(self, asked: Spent) -> bool:
+        """Whether steps about to be trained are among those that the run has set aside."""
+        reserved = sum(each.steps for each in self.reserved_by(asked.run) if each.mechanism == asked.mechanism)
+        return self._trained()[asked.run, asked.mechanism] + asked.steps <= reserved
+
+    def _trained(self) -> Counter[tuple[str, Mechanism | None]]:
+        """Steps by run and mechanism."""
+        steps = Counter[tuple[str, Mechanism | None]]()
+        for spent in self.spends():
+            steps[spent.run, spent.mechanism] += spent.steps
+        return steps
+
+
+def parts_of(plan: Plan) -> tuple[Part, ...]:
+    """What a site spends that plays a plan to its end: one part a stage."""
+    return tuple((Mechanism.of(stage.privacy), stage.num_steps) for stage in plan.stages)
 
 
 def epsilon_of(parts: Sequence[Part], delta: float) -> float:

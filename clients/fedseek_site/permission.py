@@ -24,6 +24,7 @@ from fedseek.identity.roster import Roster
 from fedseek.plan import Plan
 from fedseek_site.approvals import Approvals, Begun
 from fedseek_site.ledger import Ledger
+from fedseek_site.ledger_entries import parts_of
 from fedseek_site.people import PlanApproval
 from fedseek_site.policy import Policy, check_hours, check_policy, load_policy, policy_in_force
 from fedseek_site.release_approvals import ReleaseApprovals
@@ -178,7 +179,7 @@ class Permission:
         self._check_time(policy)
         self._check_approved(policy, plan, roster)
         unit = plan.spec.kinds[next(entry.kind for entry in roster.entries if entry.name == self.site)].unit
-        self.ledger.reserve(run, plan.privacy, plan.total_steps, plan=plan.digest, unit=unit)
+        self.ledger.reserve(run, parts_of(plan), plan=plan.digest, unit=unit)
         self.approvals.admit(run, plan, roster, dataset=self.dataset, at=self._clock())
 
     def _go_on(self, plan: Plan, roster: Roster) -> None:
@@ -187,9 +188,8 @@ class Permission:
         self._check_approved(policy, plan, roster)
 
     def _check_plan(self, policy: Policy, plan: Plan, roster: Roster, *, run: str) -> None:
-        total = self.ledger.total_after(
-            run, plan.privacy, plan.total_steps, plan=plan.digest, delta=policy.limits.max_delta
-        )
+        delta = policy.limits.max_delta
+        total = self.ledger.total_after(run, parts_of(plan), plan=plan.digest, delta=delta)
         check_policy(policy, plan, roster, site=self.site, total_epsilon_after=total)
 
     def _check_time(self, policy: Policy) -> None:

@@ -39,7 +39,8 @@ LOCKS: Final = {1: frozenset({"encryption", "masks"})}  # by version of the plan
 
 Lock = Literal["encryption", "masks"]
 Unit = Literal["record", "customer", "patient"]
-Metric = Literal["accuracy", "auc"]
+Metric = Literal["accuracy", "auc", "answers"]
+LanguageTask = Literal["instruct", "continue"]
 TimeOfDay = Annotated[str, StringConstraints(pattern=r"^(([01]\d|2[0-3]):[0-5]\d|24:00)$")]
 PersonRole = Literal["privacy officer", "data steward", "operator"]
 
@@ -87,10 +88,13 @@ class Tasks(Settings):
     """Kinds of institution to learn with. ``any`` allows all, here and in ``labels``."""
     labels: tuple[Label, ...] = ()
     """Of this site's own task."""
+    language: tuple[LanguageTask, ...] = ()
+    """Learning of words: a model that learnt to write like this site's text says more of it than labels do."""
     units: tuple[Unit, ...] = ()
     """Whom the guarantee must protect."""
     metrics: tuple[Metric, ...] = ()
-    """Figures on rows held back that may be disclosed, summed with other sites' and without noise."""
+    """Figures on rows held back that may be disclosed, summed with other sites' and without noise. ``accuracy`` is of
+    labels or of the next token, and brings the loss with it; ``answers`` compares written answers with the true ones."""
 
 
 class Window(Settings):
@@ -263,7 +267,7 @@ def zone(name: str) -> tzinfo:
 
 
 def _limit_refusals(limits: Limits, plan: Plan, total_epsilon_after: float) -> Iterator[str]:
-    privacy, training = plan.spec.privacy, plan.spec.training
+    privacy = plan.spec.privacy
     if privacy.epsilon is None or privacy.delta is None:
         if not limits.allow_without_privacy:
             yield "limits.allow_without_privacy: the plan promises no privacy"
@@ -274,8 +278,8 @@ def _limit_refusals(limits: Limits, plan: Plan, total_epsilon_after: float) -> I
             yield f"limits.max_delta: plan asks {privacy.delta:g}, allowed {limits.max_delta:g}"
         if not Limit(limits.max_epsilon_total, limits.max_delta).allows(total_epsilon_after):
             yield "limits.max_epsilon_total"
-    if training.rounds > limits.max_rounds:
-        yield f"limits.max_rounds: plan asks {training.rounds}, allowed {limits.max_rounds}"
+    if plan.rounds > limits.max_rounds:
+        yield f"limits.max_rounds: plan asks {plan.rounds}, allowed {limits.max_rounds}"
     if plan.total_steps > limits.max_steps:
         yield f"limits.max_steps: plan asks {plan.total_steps}, allowed {limits.max_steps}"
 
@@ -303,16 +307,21 @@ def _task_refusals(policy: Policy, plan: Plan, roster: Roster, site: str) -> Ite
     kinds = sorted(set(plan.spec.kinds) - set(tasks.kinds))
     if ANY not in tasks.kinds and kinds:
         yield f"tasks.kinds: the plan has tasks for {', '.join(kinds)}"
-    own = plan.spec.kinds.get(next((entry.kind for entry in roster.entries if entry.name == site), ""))
+    kind = next((entry.kind for entry in roster.entries if entry.name == site), "")
+    own = plan.spec.kinds.get(kind)
     if own is None:
         yield "tasks.kinds: the plan has no task for this site"
         return
+    written = {plan.task_in(kind, stage.first_round) for stage in plan.stages} - {"classify"}
+    if unwanted := sorted(written - set(tasks.language)):
+        yield f"tasks.language: the plan asks to {', '.join(unwanted)}, allowed {', '.join(tasks.language) or 'none'}"
     if ANY not in tasks.labels and not set(own.labels) <= set(tasks.labels):
         yield "tasks.labels: the plan has labels that are not allowed"
     if own.unit not in tasks.units:
         yield f"tasks.units: the plan protects a {own.unit}, allowed {', '.join(tasks.units) or 'none'}"
-    if own.metric not in tasks.metrics:
-        yield f"tasks.metrics: the plan discloses {own.metric}, allowed {', '.join(tasks.metrics) or 'none'}"
+    disclosed = [own.metric, *(["answers"] if own.task == "instruct" and own.generation.rows else [])]
+    if told := [metric for metric in disclosed if metric not in tasks.metrics]:
+        yield f"tasks.metrics: the plan discloses {', '.join(told)}, allowed {', '.join(tasks.metrics) or 'none'}"
 
 
 def _is_in(window: Window, now: datetime) -> bool:

@@ -29,15 +29,16 @@ from fedseek.lora.adapter_file import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, 
 from fedseek.lora.export import adapter_weights, head_files
 from fedseek.messages import AggregateDown, ReleaseApproved, ReleaseRequest, release_message
 from fedseek.plan import Plan
-from fedseek.release import check_release, model_card, released_config
+from fedseek.release import check_release, model_card, released_config, writes_words
 from fedseek.statement import CanaryAudit, Outcome, PrivacyStatement, privacy_statement, statement_bytes
 from fedseek.statement_page import privacy_page
 from fedseek.statement_words import LANGUAGES
+from fedseek_site.answering import report_answers_of_kind
 from fedseek_site.canary_audit import audit_outcome
 from fedseek_site.run import SiteRun
 from fedseek_site.state import SiteState
 from fedseek_site.sums import apply_previous, read_sum, remember, take_group_keys
-from fedseek_site.training import evaluate_weights, spend_of
+from fedseek_site.training import evaluate_weights
 from fedseek_site.weights import load_weights, to_values
 
 STATEMENT_FILE: Final = "privacy.json"
@@ -51,8 +52,8 @@ trained on this site's records alone and never left it; so did its figure above,
 _OWN_FIGURE = """
 ## This site's figure
 
-The figure above is over this site's own held-back rows. There is no sum over its kind: too few of its sites were there
-when the run was closed, or one of them vanished then.
+The figure above is over this site's own held-back rows. There is no sum over its kind: too few of its sites take part or
+were there when the run was closed, or one of them vanished then.
 """
 
 
@@ -115,7 +116,8 @@ def draft_release(run: SiteRun, state: SiteState, request: ReleaseRequest) -> Dr
     applied = apply_previous(run, state, keys, request.previous, until=last, seconds={})
     figure = _final_figure(run, state, keys, request.metrics, scopes=applied.scopes)
     load_weights(run.model, applied.scopes)
-    adapter = {CONFIG_FILE: released_config(run.plan), WEIGHTS_FILE: adapter_weights(run.model)}
+    weights = adapter_weights(run.model, words=writes_words(run.plan))
+    adapter = {CONFIG_FILE: released_config(run.plan), WEIGHTS_FILE: weights}
     after = remember(run, state, applied)
     outcome = _outcome(run, after, applied.scopes, adapter, figure)
     statement = privacy_statement(run.plan, outcome, checks=check_release(run.plan, outcome))
@@ -197,12 +199,12 @@ def _outcome(
         digests=state.digests,
         contributors=run.federation.names(state.contributors),
         steps=state.steps_done,
-        spend=spend_of(run, state.steps_accounted),
+        spend=run.plan.spend_of(state.steps_accounted),
         steps_spent=run.steps_spent((run.name, *state.earlier_runs)),
         guards_passed=state.guards_passed,
         audit=_audit(run, state, scopes),
         utility=figure.utility if figure.is_whole else None,
-        largest_value=largest_value(read_adapter(adapter[WEIGHTS_FILE])),
+        largest_value=largest_value(read_adapter(adapter[WEIGHTS_FILE]), seed=run.plan.seed_for("lora")),
     )
 
 
@@ -270,10 +272,12 @@ def _final_figure(
     """The figure of the release, and what the model card must add to it."""
     among = [scope for scope in run.shared if scope == run.head]
     summed = read_sum(run, state, keys, metrics, scopes=scopes, among=among)
+    report_answers_of_kind(run, summed, number=metrics.round - 1)
     if summed:
         return _Figure(_utility_of(summed[run.head]), is_whole=True, note="")
     own = evaluate_weights(run, scopes, number=run.closing_round - 1).utility
-    note = _OWN_FIGURE if among else _AT_HOME.format(kind=run.identity.kind)
+    has_head = bool(run.layouts[run.head].tensors)
+    note = _AT_HOME.format(kind=run.identity.kind) if has_head and not among else _OWN_FIGURE
     return _Figure(own, is_whole=not among, note=note)
 
 

@@ -34,7 +34,9 @@ from fedseek.messages import (
 from fedseek.plan import GLOBAL_SCOPE
 from fedseek.reveal import reveal_shares
 from fedseek.tag import add_tags, tag_key
+from fedseek_site.answering import answer_prompts
 from fedseek_site.entering import deal_round, draw_round
+from fedseek_site.metrics import metrics_of
 from fedseek_site.run import SiteRun, timed
 from fedseek_site.state import RoundState, SiteState
 from fedseek_site.sums import Applied, apply_previous, encryption_key, remember, take_group_keys
@@ -44,9 +46,9 @@ from fedseek_site.training import (
     evaluate_weights,
     has_steps_left,
     rest,
-    spend_of,
     train,
 )
+from fedseek_site.voting import is_resting, votes_to_stop, watch_loss
 from fedseek_site.weights import to_values
 
 
@@ -88,10 +90,14 @@ def play_round(run: SiteRun, state: SiteState, request: RoundRequest) -> tuple[S
     before = applied.scopes
     with timed(seconds, "evaluate"):
         evaluation = evaluate_weights(run, before, number=number - 1)
+        answers = answer_prompts(run, number=number - 1)
+    watch = watch_loss(run.plan, state.watch, evaluation.mean_loss, number=number)
     with timed(seconds, "train"):
         work = _work(run, state, applied, number)
     with timed(seconds, "encode"):
-        encoded, guards_passed = encode(run, _to_send(run, work, entered), before, evaluation)
+        votes = votes_to_stop(run.plan, watch)
+        metrics = metrics_of(evaluation, answers, votes=votes, packing=run.plan.packing)
+        encoded, guards_passed = encode(run, _to_send(run, work, entered), before, metrics, number=number)
     update = _protect(run, entered, encoded, key, seconds=seconds)
     _report_round(run, number, work, seconds, update)
 
@@ -121,7 +127,7 @@ def play_round(run: SiteRun, state: SiteState, request: RoundRequest) -> tuple[S
     )
     rounds = {**{later: each for later, each in state.rounds.items() if later > number}, **coming, number: sent}
     after = _after_round(after, work, keys, key, rounds=rounds, number=number)
-    return replace(after, guards_passed=tuple(sorted({*after.guards_passed, *guards_passed}))), reply
+    return replace(after, watch=watch, guards_passed=tuple(sorted({*after.guards_passed, *guards_passed}))), reply
 
 
 def unmask(run: SiteRun, state: SiteState, request: UnmaskRequest) -> tuple[SiteState, SharesRevealed]:
@@ -210,16 +216,20 @@ def _prepare_next(
 
 
 def _work(run: SiteRun, state: SiteState, applied: Applied, number: int) -> LocalWork:
-    """Train, or in the closing round rest.
+    """Train, or in the closing round rest; and in the rounds after the sites voted to stop.
 
-    Where a coordinator was lost, rounds were trained whose sums never came; a site trains no more steps than the plan
-    has all the same, so in as many of the last rounds its update is zeros.
+    Where a coordinator was lost, rounds were trained whose sums never came; a site trains no more steps of a stage than the
+    plan has all the same, so in as many of the stage's last rounds its update is zeros.
     """
     if number == run.closing_round:
         return rest(run, state, applied.scopes, scopes=[scope for scope in run.shared if scope == run.head])
-    if has_steps_left(run, state):
+    if is_resting(run.plan, applied.resting_since, number):
+        run.observe({"event": "rests", "round": number})
+        return rest(run, state, applied.scopes, scopes=run.shared)
+    if has_steps_left(run, state, number=number):
         return train(run, state, applied.scopes, number=number)
-    run.observe({"event": "plan-spent", "round": number, "steps": state.steps_accounted})
+    stage = run.plan.stage_of(number)
+    run.observe({"event": "plan-spent", "round": number, "steps": state.steps_accounted[stage.index]})
     return rest(run, state, applied.scopes, scopes=run.shared)
 
 
@@ -233,15 +243,16 @@ def _to_send(run: SiteRun, work: LocalWork, entered: Entered) -> dict[str, Float
 
 
 def _protect(
-    run: SiteRun, entered: Entered, encoded: Mapping[str, Slots], key: GroupKey, *, seconds: dict[str, float]
+    run: SiteRun, entered: Entered, encoded: dict[str, Slots], key: GroupKey, *, seconds: dict[str, float]
 ) -> tuple[ScopedCiphertexts, ...]:
-    """Tag, mask and encrypt one update: from here on no single party can read it."""
+    """Tag, mask and encrypt one update: from here on no single party can read it.
+
+    ``encoded`` is emptied on the way: of a large update no more than two forms are in memory at once.
+    """
     number, modulus = entered.graph.number, run.plan.packing.params.plain_modulus
     with timed(seconds, "tag"):
-        tagged = {
-            scope: add_tags(slots, tag_key(key.secret, run.federation, number, scope), site=run.me, modulus=modulus)
-            for scope, slots in encoded.items()
-        }
+        keys = {scope: tag_key(key.secret, run.federation, number, scope) for scope in encoded}
+        tagged = {scope: add_tags(encoded.pop(scope), keys[scope], site=run.me, modulus=modulus) for scope in keys}
     with timed(seconds, "mask"):
         masked = mask_slots(
             tagged,
@@ -252,6 +263,7 @@ def _protect(
             participants=entered.participants,
             me=run.me,
         )
+        del tagged
     with timed(seconds, "encrypt"):
         return encrypt_update(key.secret, masked)
 
@@ -284,7 +296,7 @@ def _after_round(
 def _report_round(
     run: SiteRun, number: int, work: LocalWork, seconds: dict[str, float], update: Sequence[ScopedCiphertexts]
 ) -> None:
-    spend = spend_of(run, work.steps_accounted)
+    spend = run.plan.spend_of(work.steps_accounted)
     run.observe(
         {
             "event": "round" if number < run.closing_round else "closed",

@@ -7,7 +7,7 @@ What changes is in ``fedseek_site.state``; what a site does, in the order of a r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,13 +19,16 @@ from fedseek.cohort import Federation
 from fedseek.encode import UpdateLayout, num_ciphertexts
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster, parse_roster
-from fedseek.lora.load import load_base
-from fedseek.lora.model import AdapterModel
+from fedseek.lora.compute import Compute
+from fedseek.lora.model import AdapterModel, adapted_layers
 from fedseek.lora.source import locate_model
 from fedseek.messages import PlanOffer, encode_message
 from fedseek.plan import Plan, head_scope, plan_from_canonical
-from fedseek.prepare import prepare_layouts, prepare_model
-from fedseek.records import TokenisedRecords, tokenise
+from fedseek.plan_spec import Task
+from fedseek.prepare import prepare_layouts
+from fedseek.records import Records, TokenisedRecords
+from fedseek.several import Several
+from fedseek.tokenise import Prompt, prompts, tokenise
 from fedseek_site.admission import (
     SiteData,
     check_admission,
@@ -33,9 +36,12 @@ from fedseek_site.admission import (
     check_room,
     check_roster,
     check_site_level,
+    tasks_of,
     units_for,
 )
 from fedseek_site.canary_audit import draw_canaries
+from fedseek_site.checkpoints import Checkpoints
+from fedseek_site.computing import site_model
 from fedseek_site.ledger import Ledger
 from fedseek_site.ledger_entries import Mechanism
 from fedseek_site.state import SiteState
@@ -60,28 +66,34 @@ class SiteRun:
         identity: this site's private keys.
         model: a place to compute in; what it holds between steps means nothing.
         layouts: what the model trains, by scope.
-        train_records: rows to train on.
-        held_back: rows to evaluate on.
+        train_records: rows to train on, for each task that sites of this kind have in the plan.
+        held_back: rows to evaluate on, likewise.
+        prompts: those of the rows held back that ask for an answer; of a kind that instructs.
         vocabulary: what canaries are made of.
         release_folder: where the release is written.
         observe: told what happens here, for the site's own report; never sent anywhere.
         clock: Unix time in seconds.
         spend: to be called before training with the round and its steps: enters them in the privacy ledger, or raises.
-        steps_spent: steps that the privacy ledger has of runs of these names, under this plan's mechanism.
+        steps_spent: steps that the privacy ledger has of runs of these names, under this plan's mechanisms, by stage.
+        checkpoints: where the training of a round is kept while it is under way.
+        several: the other processes that train here, one a GPU; None where this one is alone.
     """
 
     federation: Federation
     identity: SiteIdentity = field(repr=False)
     model: AdapterModel = field(repr=False)
     layouts: dict[str, UpdateLayout] = field(repr=False)
-    train_records: TokenisedRecords = field(repr=False)
-    held_back: TokenisedRecords = field(repr=False)
+    train_records: Mapping[Task, TokenisedRecords] = field(repr=False)
+    held_back: Mapping[Task, TokenisedRecords] = field(repr=False)
+    prompts: tuple[Prompt, ...] = field(repr=False)
     vocabulary: Vocabulary
     release_folder: Path
     observe: Observe = field(repr=False)
     clock: Clock = field(repr=False)
     spend: Callable[[int, int], None] = field(repr=False)
-    steps_spent: Callable[[Collection[str]], int] = field(repr=False)
+    steps_spent: Callable[[Collection[str]], tuple[int, ...]] = field(repr=False)
+    checkpoints: Checkpoints = field(repr=False)
+    several: Several | None = field(repr=False, default=None)
 
     @property
     def name(self) -> str:
@@ -111,7 +123,19 @@ class SiteRun:
     @property
     def closing_round(self) -> int:
         """Number of the round after the last, in which nothing is trained and the final metrics are sent."""
-        return self.plan.spec.training.rounds + 1
+        return self.plan.rounds + 1
+
+    def task_in(self, number: int) -> Task:
+        """What this site trains on in round ``number``."""
+        return self.plan.task_in(self.identity.kind, number)
+
+    def train_in(self, number: int) -> TokenisedRecords:
+        """Rows to train on in round ``number``."""
+        return self.train_records[self.task_in(number)]
+
+    def held_back_in(self, number: int) -> TokenisedRecords:
+        """Rows to evaluate on in round ``number``."""
+        return self.held_back[self.task_in(number)]
 
 
 def open_run(
@@ -124,7 +148,9 @@ def open_run(
     observe: Observe,
     clock: Clock,
     ledger: Ledger,
+    checkpoints: Checkpoints,
     permit: Permit = permit_all,
+    computes: Sequence[Compute] = (),
 ) -> SiteRun:
     """Check the plan against this site and its policy, and load the model; also after a restart.
 
@@ -141,46 +167,69 @@ def open_run(
     check_labels(plan, identity.kind, data)
     permit(offer.run, "plan", plan, roster)
     task, folder = plan.spec.kinds[identity.kind], locate_model(plan.spec.model.source)
-    model = prepare_model(plan, identity.kind, load_base(folder))
-    layouts = prepare_layouts(identity.kind, model)
+    computes = tuple(computes) or (Compute(),)
+    model = site_model(offer.plan, identity.kind, computes, 0)
+    layouts = prepare_layouts(plan, identity.kind, model)
     num_values = sum(layout.num_values for layout in layouts.values())
     check_room(plan, num_values, me=identity.name)
     check_site_level(plan, num_values, me=identity.name)
-    train_units = units_for(plan, identity.kind, data.train)
+    observe({"event": "adapter", "run": offer.run, "layers": list(adapted_layers(model)), "values": num_values})
+    asked = prompts(data.held_back, folder, max_tokens=plan.spec.model.max_tokens) if task.task == "instruct" else []
     return SiteRun(
         federation=Federation.of(offer.run, plan, roster),
         identity=identity,
         model=model,
         layouts=layouts,
-        train_records=tokenise(train_units, folder, labels=task.labels, max_tokens=plan.spec.model.max_tokens),
-        held_back=tokenise(data.held_back, folder, labels=task.labels, max_tokens=plan.spec.model.max_tokens),
-        vocabulary=read_vocabulary(folder, max_tokens=plan.spec.model.max_tokens),
+        train_records=_by_task(plan, identity.kind, units_for(plan, identity.kind, data.train), folder),
+        held_back=_by_task(plan, identity.kind, data.held_back, folder),
+        prompts=tuple(asked),
+        vocabulary=read_vocabulary(folder, max_tokens=plan.spec.model.max_tokens, task=task.task),
         release_folder=release_folder,
         observe=observe,
         clock=clock,
         spend=partial(_spend, offer.run, plan, ledger, observe),
         steps_spent=partial(_steps_spent, plan, ledger),
+        checkpoints=checkpoints,
+        several=_several(plan, identity.kind, computes),
     )
+
+
+def _several(plan: Plan, kind: str, computes: Sequence[Compute]) -> Several | None:
+    """The other processes, which load the base model from now on; None where this one is alone."""
+    build = partial(site_model, plan.canonical(), kind, computes)
+    return Several(build, len(computes)) if len(computes) > 1 else None
+
+
+def _by_task(plan: Plan, kind: str, records: Records, folder: Path) -> dict[Task, TokenisedRecords]:
+    labels, cut = plan.spec.kinds[kind].labels, plan.spec.model.max_tokens
+    return {task: tokenise(records, folder, task=task, labels=labels, max_tokens=cut) for task in tasks_of(plan, kind)}
 
 
 def _spend(run: str, plan: Plan, ledger: Ledger, observe: Observe, number: int, steps: int) -> None:
     """Enter a round in the ledger, then tell the site's record which entry that is: an older copy will lack it."""
-    entered = ledger.spend(run, number, plan.privacy, steps)
+    entered = ledger.spend(run, number, plan.stage_of(number).privacy, steps)
     observe({"event": "ledger", "run": run, "round": number, "entry": entered.number, "digest": entered.digest.hex()})
 
 
-def _steps_spent(plan: Plan, ledger: Ledger, runs: Collection[str]) -> int:
-    mechanism = Mechanism.of(plan.privacy)
-    spends = ledger.account().spends()
-    return sum(spent.steps for spent in spends if spent.run in runs and spent.mechanism == mechanism)
+def _steps_spent(plan: Plan, ledger: Ledger, runs: Collection[str]) -> tuple[int, ...]:
+    """By stage, which the number of a round tells: two stages may have the same mechanism."""
+    steps = [0] * len(plan.stages)
+    for spent in ledger.account().spends():
+        stage = plan.stage_of(spent.round)
+        if spent.run in runs and spent.mechanism == Mechanism.of(stage.privacy):
+            steps[stage.index] += spent.steps
+    return tuple(steps)
 
 
 def begin_run(run: SiteRun, offer: PlanOffer) -> SiteState:
     """The state before anything was done. ``run`` must be fresh from :func:`open_run`: its model holds the first values."""
     first = start_scopes(run.plan, run.layouts, run.model)
+    no_steps = (0,) * len(run.plan.stages)
     return SiteState(
         offer=encode_message(offer),
         scopes=to_values(first),
+        steps_done=no_steps,
+        steps_accounted=no_steps,
         digests=digests_of(first, run.shared),
         canaries=draw_canaries(run),
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -26,6 +26,7 @@ from fedseek.errors import BudgetExceeded, FedseekError, NotNow, PlanRefused, Ta
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster
 from fedseek.identity.vault import StorageKey
+from fedseek.lora.compute import Compute
 from fedseek.messages import (
     KeyRequest,
     PlanOffer,
@@ -41,6 +42,7 @@ from fedseek.messages import (
     encode_message,
 )
 from fedseek_site.admission import SiteData
+from fedseek_site.checkpoints import CHECKPOINT_FILE, SECONDS_BETWEEN, Checkpoints
 from fedseek_site.continuing import continue_run, offer_of, standing_of
 from fedseek_site.entering import admit, deal, make_key
 from fedseek_site.journal import Journal, Step
@@ -79,6 +81,8 @@ class SiteService:
         clock: Unix time in seconds; says how old a group key is.
         permit: the site's policy.
         permit_release: the word of the site's people on a release.
+        computes: what each process that trains computes on, the first being this one; none: what there is, alone.
+        checkpoint_seconds: least time between two checkpoints of a round's training.
 
     Raises:
         FedseekError: the journal cannot be opened: see :class:`fedseek_site.journal.Journal`.
@@ -98,6 +102,8 @@ class SiteService:
         clock: Clock = time.time,
         permit: Permit = permit_all,
         permit_release: PermitRelease = permit_every_release,
+        computes: Sequence[Compute] = (),
+        checkpoint_seconds: float = SECONDS_BETWEEN,
     ) -> None:
         self.identity = identity
         self.data = data
@@ -107,6 +113,7 @@ class SiteService:
         self._clock = clock
         self._permit = permit
         self._permit_release = permit_release
+        self._computes = tuple(computes)
         self._told_refusal = ("", b"", "")  # the last one, told once: a wait for people's approvals may take weeks
         self._turn = threading.Lock()
         self._held: tuple[SiteRun, SiteState] | None = None  # what the journal has, opened
@@ -115,6 +122,9 @@ class SiteService:
         self._ledger = ledger
         ledger.take_data(data.train)
         self._journal = Journal(state_folder, storage_key)
+        self._checkpoints = Checkpoints(
+            state_folder / CHECKPOINT_FILE, storage_key, observe=observe, seconds=checkpoint_seconds
+        )
         if (latest := self._journal.latest_run()) is not None:
             ledger.end_earlier(latest)  # killed between beginning it and saying so
 
@@ -142,6 +152,7 @@ class SiteService:
     def close(self) -> None:
         """Let go of the journal, so that another process may open it; nothing is answered any more."""
         with self._turn:
+            self._let_go()
             self._journal.close()
 
     def standing(self) -> Standing | None:
@@ -227,10 +238,14 @@ class SiteService:
         self._journal.record(step, request, answer, after.to_bytes())
         self._held = run, after
         self._standing = standing_of(run.me, run.name, after)
+        if step.phase in ("plan", "round", "release"):  # of the round that is answered now, or of a run that was left
+            self._checkpoints.remove()
         if step.phase == "plan":  # the first step of a run: this site is in one at a time, and in none that it has left
             self._ledger.end_earlier(run.name)
         if after.released or after.stopped:
             self._ledger.end(run.name)
+            if run.several is not None:
+                run.several.close()
 
     def _enter(self, offer: PlanOffer) -> tuple[SiteRun, SiteState]:
         """The run this plan is offered for: begun here before, or to begin now."""
@@ -240,6 +255,8 @@ class SiteService:
         taken_over = continue_run(self.identity.name, offer, name, state) if offer.continues else None
         if name is not None and taken_over is not None:
             self._ledger.follow(offer.run, name, steps=taken_over.steps_accounted)
+        if state is None or state.released or state.stopped:
+            self._let_go()  # before another base model is loaded: two may not fit on a GPU
         run = self._open(offer, self._permit)
         report_layout(run)
         return run, taken_over or begin_run(run, offer)
@@ -267,6 +284,12 @@ class SiteService:
         self._held = self._open(offer_of(state), permit_all), state  # it was permitted when it began
         return self._held
 
+    def _let_go(self) -> None:
+        """Of the run in memory, its model and the other processes that train it; the journal has all that lasts."""
+        if self._held is not None and self._held[0].several is not None:
+            self._held[0].several.close()
+        self._held = None
+
     def _open(self, offer: PlanOffer, permit: Permit) -> SiteRun:
         return open_run(
             offer,
@@ -277,7 +300,9 @@ class SiteService:
             observe=self._observe,
             clock=self._clock,
             ledger=self._ledger,
+            checkpoints=self._checkpoints,
             permit=permit,
+            computes=self._computes,
         )
 
 

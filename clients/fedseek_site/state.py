@@ -84,6 +84,28 @@ class CanaryState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return []
 
 
+class LossWatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a site's vote to stop goes by; ``repr`` is redacted.
+
+    Attributes:
+        stage: index of the stage that the losses are of.
+        round: the last one whose first weights were evaluated.
+        best: the lowest loss, nats.
+        worse: rounds in a row whose loss was above it.
+    """
+
+    stage: int
+    round: int
+    best: float
+    worse: int = 0
+
+    def __repr__(self) -> str:
+        return f"LossWatch(<up to round {self.round}, redacted>)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return []
+
+
 class RoundState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One round at one site: keys drawn, shares dealt, update sent, shares revealed; ``repr`` is redacted.
 
@@ -122,7 +144,7 @@ class SiteState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     Attributes:
         offer: the encoded ``PlanOffer`` that began the run here: plan and roster.
         scopes: weights by scope, a head that stays at home among them.
-        steps_done: steps trained, counted one by one.
+        steps_done: steps trained, counted one by one; by stage of the plan, as the next.
         steps_accounted: steps the privacy accountant knows of; the release compares the two.
         guards_passed: names of the checks that held, sorted.
         last_sent: round of the last update sent, 0 for none; one more than the plan's rounds once the run is closed.
@@ -133,16 +155,18 @@ class SiteState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         earlier_runs: those that this run goes on from, newest first.
         group_keys: by epoch, ``GroupKey.to_bytes``.
         canaries: of this site; None when the plan asks for none.
+        watch: of this site's losses; None when the plan lets nobody vote to stop.
+        resting_since: the round whose sum ended its stage before its time; 0 for none.
         rounds: by number: those to come, and the last one sent until its sum is applied.
         released: the release was written; nothing more is done in this run.
         stopped: a sum did not pass; nothing more is done in this run.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     offer: bytes
     scopes: dict[str, ScopeValues]
-    steps_done: int = 0
-    steps_accounted: int = 0
+    steps_done: tuple[int, ...]
+    steps_accounted: tuple[int, ...]
     guards_passed: tuple[str, ...] = ()
     last_sent: int = 0
     last_applied: int = 0
@@ -152,6 +176,8 @@ class SiteState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     earlier_runs: tuple[str, ...] = ()
     group_keys: dict[int, bytes] = {}
     canaries: CanaryState | None = None
+    watch: LossWatch | None = None
+    resting_since: int = 0
     rounds: dict[int, RoundState] = {}
     released: bool = False
     stopped: bool = False
@@ -170,7 +196,7 @@ class SiteState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         try:
             return msgspec.msgpack.decode(data, type=cls)
         except (msgspec.MsgspecError, UnicodeDecodeError):  # msgspec lets the second one through
-            raise Malformed(f"{len(data)} bytes are not the state of a site of version 1") from None
+            raise Malformed(f"{len(data)} bytes are not the state of a site of version 2") from None
 
     def __repr__(self) -> str:
         return f"SiteState(<sent up to round {self.last_sent}, applied up to {self.last_applied}, redacted>)"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from fedseek.apply import ScopeState, apply_sums
+from fedseek.apply import ScopeState, apply_sums, enter_stage
 from fedseek.cohort import round_graph
 from fedseek.decrypt import decrypt_sum
 from fedseek.encode import SummedUpdate
@@ -19,9 +19,11 @@ from fedseek.errors import CohortTooSmall, Malformed, WrongKey, WrongRound
 from fedseek.groupkey import GroupKey, check_age, open_group_key
 from fedseek.messages import AggregateDown
 from fedseek.plan import GLOBAL_SCOPE
+from fedseek_site.answering import report_answers_of_kind
 from fedseek_site.canary_audit import watch_sum
 from fedseek_site.run import SiteRun, timed
 from fedseek_site.state import CanaryState, EarlierAdapter, RoundState, SiteState
+from fedseek_site.voting import count_votes, is_resting
 from fedseek_site.weights import digests_of, to_scopes, to_values
 
 
@@ -35,6 +37,7 @@ class Applied:
         contributors: positions of the sites whose updates are in the shared ones, ascending.
         before: the shared ones before the last of the rounds.
         canaries: what the sums showed of this site's canaries.
+        resting_since: as in the state.
     """
 
     until: int
@@ -42,6 +45,7 @@ class Applied:
     contributors: tuple[int, ...]
     before: EarlierAdapter | None = field(repr=False)
     canaries: CanaryState | None = field(repr=False)
+    resting_since: int = 0
 
 
 def take_group_keys(run: SiteRun, state: SiteState, envelopes: Mapping[int, bytes]) -> dict[int, GroupKey]:
@@ -91,7 +95,8 @@ def apply_previous(
     Rounds that were applied before are passed over: a coordinator that lost this site's last reply sends them again.
 
     Returns:
-        The new weights by scope, and who is in them; a scope without a sum in a round is left as it is.
+        The new weights by scope, and who is in them; a scope without a sum in a round is left as it is, and so are all in
+        a round in which the sites rest.
 
     Raises:
         WrongRound: not exactly those rounds, or one that is not what this site took part in.
@@ -102,24 +107,30 @@ def apply_previous(
     if got != wanted:
         raise WrongRound(f"got the sums of rounds {got[:20]}, wanted those of {wanted[:20]}")
     scopes, before = to_scopes(state.scopes, run.layouts), state.before
-    contributors, canaries = state.contributors, state.canaries
+    contributors, canaries, resting_since = state.contributors, state.canaries, state.resting_since
     for down in fresh:
         if down.round == until:
             before = _adapter(run, scopes, contributors, number=until - 1)
-        if not down.survivors:
+        if down.survivors:
+            with timed(seconds, "decrypt"):
+                summed = read_sum(run, state, keys, down, scopes=scopes, among=run.shared)
+            rested = is_resting(run.plan, resting_since, down.round)
+            with timed(seconds, "apply"):
+                after = scopes if rested else apply_sums(scopes, summed, run.plan)
+            # a sum without this site says nothing of it
+            if not rested and run.me in run.federation.names(down.survivors):
+                with timed(seconds, "evaluate"):
+                    canaries = watch_sum(run, canaries, scopes, after, number=down.round)
+            scopes = after
+            contributors = _union(contributors, down.survivors)
+            resting_since = count_votes(run.plan, resting_since, down.round, summed)
+            _report_applied(run, down, summed)
+            report_answers_of_kind(run, summed, number=down.round - 1)
+        else:
             _check_given_up(run, down)
-            continue
-        with timed(seconds, "decrypt"):
-            summed = read_sum(run, state, keys, down, scopes=scopes, among=run.shared)
-        with timed(seconds, "apply"):
-            after = apply_sums(scopes, summed, run.plan)
-        if run.me in run.federation.names(down.survivors):  # a sum without this site says nothing of it
-            with timed(seconds, "evaluate"):
-                canaries = watch_sum(run, canaries, scopes, after)
-        scopes = after
-        contributors = _union(contributors, down.survivors)
-        _report_applied(run, down, summed)
-    return Applied(until, scopes, contributors, before, canaries)
+        scopes = enter_stage(scopes, run.plan, down.round + 1)
+    _report_resting(run, state.resting_since, resting_since)
+    return Applied(until, scopes, contributors, before, canaries, resting_since)
 
 
 def remember(run: SiteRun, state: SiteState, applied: Applied) -> SiteState:
@@ -131,6 +142,7 @@ def remember(run: SiteRun, state: SiteState, applied: Applied) -> SiteState:
         contributors=applied.contributors,
         before=applied.before,
         canaries=applied.canaries,
+        resting_since=applied.resting_since,
     )
 
 
@@ -254,3 +266,8 @@ def _report_applied(run: SiteRun, down: AggregateDown, summed: Mapping[str, Summ
             "saturated_fraction": max((update.saturated_fraction for update in summed.values()), default=0.0),
         }
     )
+
+
+def _report_resting(run: SiteRun, before: int, since: int) -> None:
+    if since != before:
+        run.observe({"event": "resting", "round": since, "stage": run.plan.stage_of(since).index})

@@ -51,8 +51,8 @@ def to_values(scopes: Mapping[str, ScopeState]) -> dict[str, ScopeValues]:
     """The weights as the state keeps them."""
     return {
         scope: ScopeValues(
-            weights=held.weights.astype("<f4").tobytes(),
-            momentum=held.momentum.astype("<f8").tobytes() if held.momentum.any() else b"",
+            weights=held.weights.astype("<f4", copy=False).tobytes(),
+            momentum=held.momentum.astype("<f8", copy=False).tobytes() if held.momentum.any() else b"",
             value_range=held.value_range,
         )
         for scope, held in scopes.items()

@@ -7,6 +7,7 @@ before others is in the audit chain (``fedseek.daemon.audit``).
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import sys
@@ -23,11 +24,15 @@ STEP_INTERVAL = 0.25  # seconds between two progress lines of a site
 
 
 class EventLog:
-    """An append-only JSON-lines file. Frequent ``step`` events are thinned out. Safe to use from several threads."""
+    """An append-only JSON-lines file for its owner alone (mode 0600): a site's may quote records.
+
+    Frequent ``step`` events are thinned out. Safe to use from several threads.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("a", encoding="utf-8", buffering=1)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._stream = os.fdopen(descriptor, "a", encoding="utf-8", buffering=1)
         self._turn = threading.Lock()
         self._last_step = 0.0
 

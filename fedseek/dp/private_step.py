@@ -10,8 +10,9 @@ our own noise. What a record is, and how its loss is computed, the caller knows;
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,12 @@ from fedseek.dp import guards
 from fedseek.dp.accounting import PrivacyParams
 from fedseek.dp.noise import SecretGaussian, draws_under_equal_seeds
 from fedseek.dp.sampling import Draw
+from fedseek.dp.workers import Workers
 
 _NOISE_CHECK_SIZE = 4096
 _LEFT_ON_TENSORS = (*OPACUS_PARAM_MONKEYPATCH_ATTRS, "summed_grad")
 _LEFT_ON_MODULES = ("activations", "max_batch_len")
+_HALF_DONE = "_current_grad_sample"  # of Opacus, on a tensor whose gradients are still being added up
 
 
 class SecretNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
@@ -40,6 +43,7 @@ class SecretNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is unty
         noise_multiplier: standard deviation of the noise divided by ``l2_clip_norm``.
         l2_clip_norm: bound on each record's gradient over all tensors.
         expected_batch_size: the sum is divided by this, never by the number of records that were drawn.
+        workers: the processes that take each step together; None for this one alone.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class SecretNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is unty
         noise_multiplier: float,
         l2_clip_norm: float,
         expected_batch_size: float,
+        workers: Workers | None = None,
     ) -> None:
         super().__init__(
             optimizer,
@@ -57,27 +62,44 @@ class SecretNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is unty
             expected_batch_size=expected_batch_size,
         )
         self._noise = SecretGaussian()
+        self._workers = workers
         self.num_accumulated = 0
         self.num_noised_steps = 0
         self.noise_squares: list[float] = []
 
     def clip_and_accumulate(self) -> None:
-        """Add the clipped per-record gradients of one micro-batch to the sum."""
-        if self.params[0].summed_grad is None:
-            self.num_accumulated = 0
-        self.num_accumulated += len(self.grad_samples[0])
-        super().clip_and_accumulate()
+        """Add the clipped per-record gradients of one micro-batch to the sum: to all tensors of it, or, raising, to none."""
+        with ExitStack() as undo:
+            earlier = [tensor.summed_grad for tensor in self.params]
+            undo.callback(self._set_sums, earlier)
+            self._set_sums([None] * len(earlier))
+            super().clip_and_accumulate()
+            undo.pop_all()
+        for tensor, before in zip(self.params, earlier, strict=True):
+            if before is not None:
+                tensor.summed_grad += before
+        self.num_accumulated = len(self.grad_samples[0]) + (self.num_accumulated if earlier[0] is not None else 0)
+
+    def add_up(self) -> None:
+        """Make the sum that of all processes, whose records are in the step; before it is looked at and noised."""
+        self._fill_sums()
+        if self._workers is not None:
+            self._workers.add([tensor.summed_grad for tensor in self.params])
 
     def add_noise(self) -> None:
         """Set each gradient to the clipped sum plus noise; an empty Poisson batch is noise alone."""
         std = self.noise_multiplier * self.max_grad_norm
-        squares = []
-        for tensor in self.params:
-            if tensor.summed_grad is None:
-                tensor.summed_grad = torch.zeros_like(tensor)
-            noise = self._noise.normal(tensor.shape, std).to(tensor.device, tensor.dtype)
-            tensor.grad = tensor.summed_grad + noise
-            squares.append((tensor.grad - tensor.summed_grad).double().square().sum())
+        self._fill_sums()
+        if self._workers is None or self._workers.leads:
+            noises = self._noise.normals([tensor.shape for tensor in self.params], std)
+            for tensor, noise in zip(self.params, noises, strict=True):
+                tensor.grad = tensor.summed_grad + noise.to(tensor.device, tensor.dtype)
+        else:
+            for tensor in self.params:
+                tensor.grad = torch.full_like(tensor, torch.nan)  # nothing that could be used, until it is the lead's
+        if self._workers is not None:
+            self._workers.follow([tensor.grad for tensor in self.params])
+        squares = [(tensor.grad - tensor.summed_grad).square().sum() for tensor in self.params]
         self.noise_squares = torch.stack(squares).tolist()
 
     def scale_grad(self) -> None:
@@ -98,6 +120,13 @@ class SecretNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is unty
         """Norm of the clipped sum over all tensors; 0 when nothing was accumulated."""
         sums = [tensor.summed_grad for tensor in self.params if tensor.summed_grad is not None]
         return float(torch.linalg.vector_norm(torch.stack([s.norm() for s in sums]))) if sums else 0.0
+
+    def _fill_sums(self) -> None:
+        self._set_sums([torch.zeros_like(p) if p.summed_grad is None else p.summed_grad for p in self.params])
+
+    def _set_sums(self, sums: Sequence[torch.Tensor | None]) -> None:
+        for tensor, total in zip(self.params, sums, strict=True):
+            tensor.summed_grad = total
 
     @property
     def noise_is_secret(self) -> bool:
@@ -121,12 +150,21 @@ class PrivateStep:
         model: wrapped for per-record gradients.
         optimizer: holds the trainable tensors of the model.
         privacy: from the plan.
+        workers: the processes that take each step together; None for this one alone.
     """
 
-    def __init__(self, model: GradSampleModule, optimizer: SecretNoiseOptimizer, privacy: PrivacyParams) -> None:
+    def __init__(
+        self,
+        model: GradSampleModule,
+        optimizer: SecretNoiseOptimizer,
+        privacy: PrivacyParams,
+        workers: Workers | None = None,
+    ) -> None:
         self.model = model
         self._optimizer = optimizer
         self._privacy = privacy
+        self._workers = workers
+        self._steps_before = 0
         # Not optimizer.params: that list leaves a tensor out as soon as it is frozen.
         self._held = [tensor for group in optimizer.param_groups for tensor in group["params"]]
         self._trained_on: list[NDArray[np.int64]] = []
@@ -140,11 +178,16 @@ class PrivateStep:
 
     @property
     def num_steps(self) -> int:
-        """Steps in which noise was added and applied."""
-        return int(self._optimizer.num_noised_steps)
+        """Steps of the round in which noise was added and applied."""
+        return self._steps_before + int(self._optimizer.num_noised_steps)
+
+    def resume(self, num_steps: int, passed: Iterable[str]) -> None:
+        """Go on in a round whose first steps another process took; these guards held in it."""
+        self._steps_before = num_steps
+        self.passed |= set(passed)
 
     def accumulate(self, losses: torch.Tensor, record_indices: NDArray[np.int64]) -> None:
-        """Clip the gradient of each record of a micro-batch and add it to the step.
+        """Clip the gradient of each record of a micro-batch and add it to the step; of all of them, or, raising, of none.
 
         Args:
             losses: shape (num_records,), one loss for each record, of that record alone.
@@ -164,8 +207,8 @@ class PrivateStep:
         Raises:
             GuardTripped: the step is not what the accountant counts.
         """
-        trained_on = np.concatenate([np.empty(0, dtype=np.int64), *self._trained_on])
-        num_accumulated = self._optimizer.num_accumulated if self._trained_on else 0
+        trained_on, num_accumulated = self._trained_on_by_all(draw)
+        self._optimizer.add_up()
         self.passed |= {
             guards.check_no_record_lost(num_accumulated, len(draw.record_indices)),
             guards.check_poisson_batches_used(trained_on, draw.record_indices, draw.unit_indices),
@@ -177,6 +220,15 @@ class PrivateStep:
         self._check_noise()
         self._optimizer.zero_grad(set_to_none=True)
         self._trained_on.clear()
+
+    def forget(self) -> None:
+        """Free what a micro-batch left behind that came to nothing; the sum so far stays."""
+        self._clear_gradients()
+        for tensor in self._held:
+            _remove(tensor, (_HALF_DONE,))
+            tensor._forward_counter = 0
+        for module in self.model.modules():
+            _remove(module, _LEFT_ON_MODULES)
 
     def probe(self, losses_of: Callable[[NDArray[np.int64]], torch.Tensor], record_indices: NDArray[np.int64]) -> None:
         """Check on a few records, before a step, that they are not coupled and that each is clipped.
@@ -190,12 +242,13 @@ class PrivateStep:
         """
 
         def gradients_of(indices: NDArray[np.int64]) -> torch.Tensor:
-            self._backward(losses_of(indices))
-            gradients = torch.cat([g.flatten(1).detach().clone() for g in self._optimizer.grad_samples], dim=1)
-            self._optimizer.clip_and_accumulate()
-            guards.check_clipping_applied(self._optimizer.summed_norm(), len(indices), l2_clip_norm=clip)
-            self._optimizer.zero_grad(set_to_none=True)
-            return gradients
+            with ExitStack() as last:
+                last.callback(self._optimizer.zero_grad, set_to_none=True)  # nothing of it may get into a step
+                self._backward(losses_of(indices))
+                gradients = torch.cat([g.flatten(1).detach() for g in self._optimizer.grad_samples], dim=1)
+                self._optimizer.clip_and_accumulate()
+                guards.check_clipping_applied(self._optimizer.summed_norm(), len(indices), l2_clip_norm=clip)
+                return gradients
 
         clip = self._privacy.l2_clip_norm
         with _dropout_off(self.model):
@@ -216,6 +269,19 @@ class PrivateStep:
         for of_tensor, size in [*zip(squares, sizes, strict=True), (sum(squares), sum(sizes))]:
             self.passed.add(guards.check_noise_added(of_tensor, size, std=std))
 
+    def _trained_on_by_all(self, draw: Draw) -> tuple[NDArray[np.int64], int]:
+        """Records in the step, as often as they are in it, and the number of gradients in it; over all processes."""
+        mine = np.concatenate([np.empty(0, dtype=np.int64), *self._trained_on])
+        num_accumulated = self._optimizer.num_accumulated if self._trained_on else 0
+        if self._workers is None:
+            return mine, num_accumulated
+        often = Counter(mine.tolist())
+        times = [often.pop(record, 0) for record in draw.record_indices.tolist()]
+        counts = torch.tensor([*times, often.total(), num_accumulated], device=self._held[0].device)
+        self._workers.add([counts])
+        *times, strangers, num_accumulated = counts.tolist()
+        return np.append(np.repeat(draw.record_indices, times), np.full(strangers, -1)), num_accumulated
+
     def _trainable(self) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
 
@@ -235,7 +301,12 @@ class PrivateStep:
 
 @contextmanager
 def private_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, privacy: PrivacyParams, expected_batch_size: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    privacy: PrivacyParams,
+    expected_batch_size: float,
+    workers: Workers | None = None,
 ) -> Iterator[PrivateStep]:
     """Wrap a model for private steps; unwrap it without a trace, whatever happens.
 
@@ -244,6 +315,7 @@ def private_step(
         optimizer: holds exactly these tensors.
         privacy: from the plan.
         expected_batch_size: sampling probability times number of units.
+        workers: the processes that take each step together; None for this one alone.
     """
     # "sum": the loss that is differentiated is a sum over records, so no factor of the batch size is to be undone.
     wrapped = GradSampleModule(model, loss_reduction="sum")
@@ -253,11 +325,12 @@ def private_step(
             noise_multiplier=privacy.noise_multiplier,
             l2_clip_norm=privacy.l2_clip_norm,
             expected_batch_size=expected_batch_size,
+            workers=workers,
         )
         with warnings.catch_warnings():
             # Frozen layers below the first adapter: its inputs require no gradient, which is as it should be.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            yield PrivateStep(wrapped, noised, privacy)
+            yield PrivateStep(wrapped, noised, privacy, workers)
     finally:
         _unwrap(wrapped, model)
 

@@ -59,6 +59,11 @@ class PoissonUnitSampler:
         self._counts: Indices = counts.astype(np.int64)
 
     @property
+    def generator(self) -> np.random.Generator:
+        """Where the draws come from. Whoever has it knows who is drawn."""
+        return self._generator
+
+    @property
     def is_secret(self) -> bool:
         """Whether the draws come from a cryptographic generator under a key of the operating system."""
         return is_secret(self._generator)

@@ -18,7 +18,7 @@ from tenseal import sealapi
 
 from fedseek.errors import InvalidPlan, Malformed
 from fedseek.he.params import HeParams
-from fedseek.he.sealfile import load_object, open_frame, save_object
+from fedseek.he.sealfile import Scratch, load_object, open_frame, save_object
 
 _NUM_POLYNOMIALS = 2
 # Content of a SEAL 4 ciphertext besides its coefficients (8 bytes each): parameter id, sizes, scale, inner header.
@@ -36,10 +36,13 @@ class CiphertextForm(Enum):
 
 
 class ScopedCiphertexts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One site's encrypted update of one scope, fresh ciphertexts in slot order."""
+    """One site's encrypted update of one scope, fresh ciphertexts in slot order.
+
+    Read from a message they are views of its bytes: whoever adds a large update has it in memory once.
+    """
 
     scope: str
-    ciphertexts: tuple[bytes, ...]
+    ciphertexts: tuple[memoryview, ...]
 
 
 class ScopedSum(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,7 +81,9 @@ def _encoder(params: HeParams) -> Any:
     return sealapi.BatchEncoder(seal_context(params))
 
 
-def load_ciphertext(params: HeParams, data: bytes, *, form: CiphertextForm) -> Any:
+def load_ciphertext(
+    params: HeParams, data: bytes | memoryview, *, form: CiphertextForm, through: Scratch | None = None
+) -> Any:
     """Parse a ciphertext from another party.
 
     Guarantee: the result is a two-polynomial BFV ciphertext of exactly ``params``, all coefficients below q, not
@@ -88,6 +93,7 @@ def load_ciphertext(params: HeParams, data: bytes, *, form: CiphertextForm) -> A
         params: parameters of the plan.
         data: serialised by ``save_ciphertext`` or ``fedseek.he.keys.encrypt_slots``.
         form: the form this place accepts.
+        through: where many are read.
 
     Raises:
         Malformed: the bytes are anything else.
@@ -97,7 +103,7 @@ def load_ciphertext(params: HeParams, data: bytes, *, form: CiphertextForm) -> A
     opened = open_frame(data, content_size=_content_size(params, form), inner=_inner_headers(params, form))
     context = seal_context(params)
     ciphertext = sealapi.Ciphertext(context)
-    load_object(ciphertext, opened, context=context)
+    load_object(ciphertext, opened, context=context, through=through)
     if ciphertext.size() != _NUM_POLYNOMIALS or ciphertext.is_ntt_form():
         raise Malformed(f"ciphertext: got {ciphertext.size()} polynomials; wanted {_NUM_POLYNOMIALS}, coefficient form")
     if ciphertext.is_transparent():
@@ -105,9 +111,9 @@ def load_ciphertext(params: HeParams, data: bytes, *, form: CiphertextForm) -> A
     return ciphertext
 
 
-def save_ciphertext(ciphertext: Any) -> bytes:
+def save_ciphertext(ciphertext: Any, through: Scratch | None = None) -> bytes:
     """Serialise a ciphertext, with both polynomials."""
-    return save_object(ciphertext)
+    return save_object(ciphertext, through)
 
 
 def add_in_place(params: HeParams, running: Any, addend: Any) -> None:

@@ -19,7 +19,7 @@ from tenseal import sealapi
 from fedseek.errors import WrongKey
 from fedseek.he.ciphertext import CiphertextForm, load_ciphertext, seal_context
 from fedseek.he.params import HeParams
-from fedseek.he.sealfile import load_object, open_frame, save_object
+from fedseek.he.sealfile import load_object, open_frame, save_object, scratch
 
 _FINGERPRINT_DOMAIN = b"fedseek/he/secret-key-fingerprint/v1\x00"
 _FINGERPRINT_BYTES = 16
@@ -121,9 +121,10 @@ def encrypt_slots(key: SecretKey, slots: npt.NDArray[np.uint64]) -> list[bytes]:
     encryptor = sealapi.Encryptor(context, key._seal_key)
     plaintext = sealapi.Plaintext()
     ciphertexts = []
-    for start in range(0, slots.size, params.slot_count):
-        encoder.encode(slots[start : start + params.slot_count].tolist(), plaintext)  # SEAL zero-fills
-        ciphertexts.append(save_object(encryptor.encrypt_symmetric(plaintext)))
+    with scratch() as through:
+        for start in range(0, slots.size, params.slot_count):
+            encoder.encode(slots[start : start + params.slot_count].tolist(), plaintext)  # SEAL zero-fills
+            ciphertexts.append(save_object(encryptor.encrypt_symmetric(plaintext), through))
     return ciphertexts
 
 
@@ -152,13 +153,14 @@ def decrypt_slots(key: SecretKey, ciphertexts: Sequence[bytes]) -> npt.NDArray[n
     decryptor = sealapi.Decryptor(context, key._seal_key)
     plaintext = sealapi.Plaintext()
     slots = np.empty((len(ciphertexts), params.slot_count), dtype=np.uint64)
-    for row, data in zip(slots, ciphertexts, strict=True):
-        ciphertext = load_ciphertext(params, data, form=CiphertextForm.SUMMED)
-        if decryptor.invariant_noise_budget(ciphertext) == 0:
-            raise WrongKey(
-                "ciphertext: no noise budget left under this key; wanted at least 1 bit",
-                hint="the sum was made under another epoch's key, or over more sites than the plan allows",
-            )
-        decryptor.decrypt(ciphertext, plaintext)
-        row[:] = encoder.decode_uint64(plaintext)
+    with scratch() as through:
+        for row, data in zip(slots, ciphertexts, strict=True):
+            ciphertext = load_ciphertext(params, data, form=CiphertextForm.SUMMED, through=through)
+            if decryptor.invariant_noise_budget(ciphertext) == 0:
+                raise WrongKey(
+                    "ciphertext: no noise budget left under this key; wanted at least 1 bit",
+                    hint="the sum was made under another epoch's key, or over more sites than the plan allows",
+                )
+            decryptor.decrypt(ciphertext, plaintext)
+            row[:] = encoder.decode_uint64(plaintext)
     return slots.reshape(-1)

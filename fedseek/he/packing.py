@@ -12,6 +12,7 @@ slot as the proven noise budget allows: upload bytes a value are about 8 / digit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,6 +35,9 @@ MAX_CIPHERTEXTS = 1 << 20
 # Header slots hold counts (records, saturated values): even where the digits need less, 2^44 leaves every site of
 # MAX_SITES room to count to 2^34.
 MIN_SLOT_BITS = 44
+
+# Values a span: a few float64 buffers of this size stay in a core's cache.
+_SPAN = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +118,38 @@ def _packing(value_bits: int, max_sites: int, digit_bits: int, digits_per_slot: 
     return Packing(value_bits, max_sites, digit_bits, digits_per_slot, params)
 
 
-def pack(digits: npt.NDArray[np.unsignedinteger], packing: Packing) -> npt.NDArray[np.uint64]:
-    """Pack digits into slots.
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of consecutive values that lie in consecutive slots, at the same place of each.
 
-    Slot i holds digits i, i + m, i + 2m, ... (m slots), lowest first: each step is then one pass over contiguous
-    memory. The last digits of the last slots are zero when k does not divide n.
+    Attributes:
+        values: where in the vector of values.
+        slots: where in the packed slots; as long.
+        shift: bits below the digit.
+    """
+
+    values: slice
+    slots: slice
+    shift: np.uint64
+
+
+def spans(num_values: int, packing: Packing) -> Iterator[Span]:
+    """Every value once, in order, in pieces that stay in a core's cache: what packs or unpacks needs no more memory.
+
+    Slot i holds digits i, i + m, i + 2m, ... (m slots), lowest first: each piece is then contiguous on both sides.
+    """
+    num_slots = packing.num_slots(num_values)
+    for place in range(packing.digits_per_slot):
+        begin, end = place * num_slots, min((place + 1) * num_slots, num_values)
+        for start in range(begin, end, _SPAN):
+            stop = min(start + _SPAN, end)
+            yield Span(slice(start, stop), slice(start - begin, stop - begin), np.uint64(place * packing.digit_bits))
+
+
+def pack(digits: npt.NDArray[np.unsignedinteger], packing: Packing) -> npt.NDArray[np.uint64]:
+    """Pack digits into slots, in the order of ``spans``.
+
+    The last digits of the last slots are zero when k does not divide n.
 
     Args:
         digits: shape (n,), unsigned, each below ``2**packing.digit_bits`` (the quantiser's guarantee, not checked).
@@ -127,12 +158,9 @@ def pack(digits: npt.NDArray[np.unsignedinteger], packing: Packing) -> npt.NDArr
     Returns:
         Slots, shape (ceil(n / k),).
     """
-    num_slots = packing.num_slots(digits.size)
-    slots = np.zeros(num_slots, dtype=np.uint64)
-    for place in range(packing.digits_per_slot):
-        plane = digits[place * num_slots : (place + 1) * num_slots].astype(np.uint64)
-        plane <<= np.uint64(place * packing.digit_bits)
-        slots[: plane.size] |= plane
+    slots = np.zeros(packing.num_slots(digits.size), dtype=np.uint64)
+    for span in spans(digits.size, packing):
+        slots[span.slots] |= digits[span.values].astype(np.uint64) << span.shift
     return slots
 
 
@@ -154,9 +182,11 @@ def unpack(slots: npt.NDArray[np.uint64], num_values: int, packing: Packing) -> 
     if slots.shape != (num_slots,):
         raise ValueError(f"unpack: got slots of shape {slots.shape}; wanted ({num_slots},) for {num_values} values")
     digits = np.empty(num_values, dtype=np.uint64)
-    mask = np.uint64((1 << packing.digit_bits) - 1)
-    for place in range(packing.digits_per_slot):
-        plane = digits[place * num_slots : (place + 1) * num_slots]
-        np.right_shift(slots[: plane.size], np.uint64(place * packing.digit_bits), out=plane)
-        plane &= mask
+    for span in spans(num_values, packing):
+        digits[span.values] = unpack_span(slots, span, packing)
     return digits
+
+
+def unpack_span(slots: npt.NDArray[np.uint64], span: Span, packing: Packing) -> npt.NDArray[np.uint64]:
+    """The digits of one span; the slots are all of them."""
+    return (slots[span.slots] >> span.shift) & np.uint64((1 << packing.digit_bits) - 1)

@@ -18,10 +18,10 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zstandard
 
@@ -41,7 +41,7 @@ _CONTENT_SIZE_BYTES = {0x60: 2, 0xA0: 4}
 _MAX_OVERHEAD = 64
 
 
-def open_frame(data: bytes, *, content_size: int, inner: Mapping[int, int]) -> bytes:
+def open_frame(data: bytes | memoryview, *, content_size: int, inner: Mapping[int, int]) -> tuple[bytes, bytes]:
     """The same SEAL object without compression, if ``data`` is exactly one of ``content_size`` bytes.
 
     Guarantee: nothing inflates to more than 128 KiB, no byte of ``data`` lies outside the object, and every header in the
@@ -72,10 +72,10 @@ def open_frame(data: bytes, *, content_size: int, inner: Mapping[int, int]) -> b
         _check_header(content, start, size=size, compression=_COMPRESSION_NONE)
     size = _SEAL_HEADER.size + content_size
     minor = data[_MINOR_AT]
-    return _SEAL_HEADER.pack(_SEAL_MAGIC, _SEAL_HEADER.size, _SEAL_MAJOR, minor, _COMPRESSION_NONE, 0, size) + content
+    return _SEAL_HEADER.pack(_SEAL_MAGIC, _SEAL_HEADER.size, _SEAL_MAJOR, minor, _COMPRESSION_NONE, 0, size), content
 
 
-def _check_header(data: bytes, start: int, *, size: int, compression: int) -> None:
+def _check_header(data: bytes | memoryview, start: int, *, size: int, compression: int) -> None:
     magic, header_size, major, _minor, got, reserved, announced = _SEAL_HEADER.unpack_from(data, start)
     if (magic, header_size, reserved) != (_SEAL_MAGIC, _SEAL_HEADER.size, 0):
         header = data[start : start + _SEAL_HEADER.size].hex()
@@ -88,7 +88,7 @@ def _check_header(data: bytes, start: int, *, size: int, compression: int) -> No
         raise Malformed(f"SEAL object: header at byte {start} announces {announced} bytes, wanted {size}")
 
 
-def _check_zstd(data: bytes, *, content_size: int) -> None:
+def _check_zstd(data: bytes | memoryview, *, content_size: int) -> None:
     """One block, exact announced content size, nothing after it."""
     start = _SEAL_HEADER.size
     width = _CONTENT_SIZE_BYTES.get(data[start + 4], 0)
@@ -118,24 +118,47 @@ def scratch_path() -> Iterator[str]:
         yield str(Path(directory, "object.seal"))
 
 
-def save_object(seal_object: Any) -> bytes:
+class Scratch(NamedTuple):
+    """Paths of ``scratch_path`` to read and to write many objects through, one after the other.
+
+    Getting memory anew for each takes longer than what SEAL does with it. What was there last stays until the block
+    ends: for ciphertexts, never for keys.
+    """
+
+    reading: str
+    writing: str
+
+
+@contextmanager
+def scratch() -> Iterator[Scratch]:
+    """Paths for the objects that the block reads and writes."""
+    with scratch_path() as reading, scratch_path() as writing:
+        yield Scratch(reading, writing)
+
+
+def save_object(seal_object: Any, through: Scratch | None = None) -> bytes:
     """The bytes of a SEAL object (ciphertext, serialisable ciphertext or key)."""
-    with scratch_path() as path:
+    with scratch_path() if through is None else nullcontext(through.writing) as path:
         seal_object.save(path)
         with open(path, "rb") as stream:
             return stream.read()
 
 
-def load_object(seal_object: Any, opened: bytes, *, context: Any) -> None:
-    """Fill ``seal_object`` from what ``open_frame`` has passed; SEAL validates its numbers for ``context``.
+def load_object(seal_object: Any, opened: Iterable[bytes], *, context: Any, through: Scratch | None = None) -> None:
+    """Fill ``seal_object`` from the parts that ``open_frame`` has passed; SEAL validates its numbers for ``context``.
 
     Raises:
         Malformed: SEAL refuses the content, for example because it belongs to other parameters.
     """
-    with scratch_path() as path:
-        with open(path, "wb") as stream:
-            stream.write(opened)
+    with scratch_path() if through is None else nullcontext(through.reading) as path:
+        with open(path, "wb", opener=_open_as_it_is) as stream:
+            stream.writelines(opened)
         try:
             seal_object.load(context, path)
         except (RuntimeError, ValueError, IndexError) as error:  # IndexError: a ciphertext of no polynomials
             raise Malformed(f"SEAL object: {error} (truncated, altered, or made for other parameters)") from error
+
+
+def _open_as_it_is(path: str, flags: int) -> int:
+    """Without truncation: of a longer object before, SEAL does not look at what is left behind this one."""
+    return os.open(path, flags & ~os.O_TRUNC, 0o600)

@@ -146,10 +146,15 @@ def seal_at_rest(key: StorageKey, secret: bytes, *, purpose: str) -> bytes:
     Raises:
         TooLarge: the secret is out of bounds.
     """
+    return b"".join(seal_in_parts(key, secret, purpose=purpose))
+
+
+def seal_in_parts(key: StorageKey, secret: bytes, *, purpose: str) -> tuple[bytes, bytes]:
+    """As ``seal_at_rest``, header and nonce apart from the rest: to join them takes a copy of a large secret."""
     if len(secret) > MAX_AT_REST_BYTES:
         raise TooLarge(f"secret to seal at rest: got {len(secret)} bytes, wanted at most {MAX_AT_REST_BYTES}")
     nonce = os.urandom(_NONCE_BYTES)
-    return b"".join((_HEADER, nonce, AESGCM(key._key).encrypt(nonce, secret, _bound(purpose))))
+    return _HEADER + nonce, AESGCM(key._key).encrypt(nonce, secret, _bound(purpose))
 
 
 def open_at_rest(key: StorageKey, data: bytes, *, purpose: str) -> bytes:

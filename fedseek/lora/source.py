@@ -8,17 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
 
+import msgspec
+
 from fedseek.errors import WrongModel
+from fedseek.lora.hub import cached_model
 
 _PACKAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_FAMILY_NAME = re.compile(r"[a-z0-9_]{1,40}")
+_MAX_CONFIG_BYTES = 1_000_000
+_WANTED = "wanted package:<name>, path:<folder with config.json> or hub:<owner>/<name>@<commit>"
+
+
+class _Config(msgspec.Struct):
+    """Of a config.json, which is the model maker's and full of other things, what is read here."""
+
+    model_type: str
+
+
+_FAMILY = msgspec.json.Decoder(_Config)
 
 
 def locate_model(source: str) -> Path:
-    """Folder of ``package:<distribution>`` or ``path:<folder>``.
+    """Folder of ``package:<distribution>``, ``path:<folder>`` or ``hub:<owner>/<name>@<commit>``; nothing is downloaded.
 
     Raises:
         WrongModel: nothing there.
@@ -26,9 +42,11 @@ def locate_model(source: str) -> Path:
     scheme, _, rest = source.partition(":")
     if scheme == "package":
         return _package_folder(rest)
+    if scheme == "hub":
+        return cached_model(rest)
     folder = Path(rest).expanduser()
     if scheme != "path" or not (folder / "config.json").is_file():
-        raise WrongModel(f"no model at {source!r}", hint="wanted package:<name> or path:<folder with config.json>")
+        raise WrongModel(f"no model at {source!r}", hint=_WANTED)
     return folder
 
 
@@ -46,9 +64,10 @@ def _package_folder(distribution: str) -> Path:
     return min(configs, key=lambda path: len(path.parts)).parent
 
 
-@lru_cache(maxsize=8)
 def model_digest(folder: Path) -> str:
     """Hex SHA-256 of the weights: of the one safetensors file, or over name and digest of each when there are several.
+
+    A file is read again only when its size or its time of change is another.
 
     Raises:
         WrongModel: the folder has no safetensors file.
@@ -56,15 +75,56 @@ def model_digest(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise WrongModel(f"{folder}: no *.safetensors file", hint="convert the weights; pickled weights are not read")
-    digests = {file.name: _file_digest(file) for file in files}
+    digests = {file.name: _digest_of(file, file.stat()) for file in files}
     if len(digests) == 1:
         return next(iter(digests.values()))
     return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()).hexdigest()
 
 
-def _file_digest(file: Path) -> str:
+def _digest_of(file: Path, now: os.stat_result) -> str:
+    return _file_digest(file, (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(file: Path, version: tuple[int, ...]) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_family(folder: Path) -> str:
+    """``model_type`` of the model's config.json.
+
+    Raises:
+        WrongModel: there is no such file, or it names no family.
+    """
+    file = folder / "config.json"
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(_MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise WrongModel(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        family = _FAMILY.decode(data).model_type if len(data) <= _MAX_CONFIG_BYTES else ""
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise WrongModel(f"{file}: is no configuration of a model: {error}") from None
+    if not _FAMILY_NAME.fullmatch(family):
+        raise WrongModel(
+            f'{file}: model_type is {family[:60]!r}, wanted a name such as "qwen2" in a file of at most 1 MB'
+        )
+    return family
+
+
+def check_family(folder: Path, wanted: str | None) -> None:
+    """Refuse a base model of another family than the plan names; it would be adapted in other places.
+
+    Raises:
+        WrongModel: it is of another, or of none.
+    """
+    if wanted is not None and (got := model_family(folder)) != wanted:
+        raise WrongModel(
+            f"base model in {folder}: its family (model_type) is {got!r}, the plan wants {wanted!r}",
+            hint="install the model the plan names, or agree on another plan",
+        )
 
 
 def check_model(folder: Path, wanted: str) -> None:

@@ -55,7 +55,7 @@ class History:
         """Keep how a round ended. What is trained in rounds of the plan is in the adapter; the closing round's is not."""
         self.ended.append(down)
         self._latest = down
-        if down.round <= self.federation.plan.spec.training.rounds:
+        if down.round <= self.federation.plan.rounds:
             self.contributors.update(self.federation.names(down.survivors))
 
     def read(self, number: int) -> AggregateDown:

@@ -93,7 +93,7 @@ def _play(network: Network, folder: RunFolder, stop: threading.Event, report: Ev
     if RecordedRun.exists(log_folder):
         recorded = RecordedRun.reopen(log_folder, observe=progress.see)
     else:
-        progress.audit.record("run-asked-for", run=order.run, plan=plan.digest, rounds=plan.spec.training.rounds)
+        progress.audit.record("run-asked-for", run=order.run, plan=plan.digest, rounds=plan.rounds)
         roster = wait_for_sites(network, folder, plan, stop)
         continues = last_common(mail.standings, order.continues, roster) if order.continues else None
         recorded = RecordedRun.begin(
@@ -104,7 +104,7 @@ def _play(network: Network, folder: RunFolder, stop: threading.Event, report: Ev
             recorded.ask_again()
             progress.audit.record("release-asked-again", run=order.run)
             folder.asked_again()
-        folder.write_status(Status(run=order.run, state="running", rounds=plan.spec.training.rounds))
+        folder.write_status(Status(run=order.run, state="running", rounds=plan.rounds))
         conductor = Posted(order.run, Settled(recorded, network.settle_seconds, stop), mail)
         network.driver(stop, plan.spec.cohort.deadline_seconds).drive(conductor)
         if not folder.release.exists():  # written whole: by a process that was killed before it could say so
@@ -217,7 +217,7 @@ class Progress:
             self.audit.record(kind, run=self.run, **auditable(event))
         if event["event"] not in ("phase", "approvals"):
             return
-        rounds, before = self.plan.spec.training.rounds, self.folder.status()
+        rounds, before = self.plan.rounds, self.folder.status()
         told = Status(run=self.run, state="running", phase=event["phase"], round=event["round"], rounds=rounds)
         if event["event"] == "approvals":
             told = replace(told, sites=event["sites"], approvals_wanted=event["wanted"])

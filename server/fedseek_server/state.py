@@ -70,7 +70,7 @@ class RunState:
     @property
     def closing(self) -> int:
         """Number of the closing round: nothing is trained in it, the final metrics are summed."""
-        return self.federation.plan.spec.training.rounds + 1
+        return self.federation.plan.rounds + 1
 
     @property
     def playing(self) -> MaskedRound:

@@ -1,6 +1,7 @@
 """What happens, as JSON lines: whole lines, from several threads, readable while they are written."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -98,3 +99,12 @@ def test_where_there_is_no_proc_the_system_is_asked(monkeypatch, tmp_path):
     (tmp_path / "status").write_text("Name:\tx\n")
     monkeypatch.setattr(reports, "PROC_STATUS", tmp_path / "status")
     assert 5 < peak_rss_mb() < 100_000
+
+
+def test_a_report_is_for_its_owner_alone(path):
+    before = os.umask(0)
+    try:
+        EventLog(path).close()
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600

@@ -2,6 +2,7 @@ import copy
 import os
 import pickle
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -46,6 +47,15 @@ def test_the_kolmogorov_smirnov_test_would_see_noise_five_percent_too_small():
 def test_noise_has_the_shape_of_the_tensor():
     assert SecretGaussian().normal(torch.Size([3, 4, 5]), 1.0).shape == (3, 4, 5)
     assert SecretGaussian().normal(torch.Size([]), 1.0).shape == ()
+
+
+def test_several_tensors_get_noise_of_their_own_shapes_each():
+    shapes = [torch.Size([300, 4]), torch.Size([]), torch.Size([700])]
+    noises = SecretGaussian().normals(shapes, 2.0)
+    assert [noise.shape for noise in noises] == shapes
+    values = torch.cat([noise.flatten() for noise in noises]).numpy()
+    assert len(np.unique(values)) == 1901
+    assert stats.kstest(values, stats.norm(scale=2.0).cdf).pvalue > RARE
 
 
 def test_two_sources_are_independent_under_equal_seeds():
@@ -101,6 +111,34 @@ def test_a_forked_child_does_not_repeat_the_noise_of_its_parent():
 def test_values_within_a_draw_are_independent():
     noise = SecretGaussian().normal(torch.Size([SIZE]), 1.0)
     assert abs(float((noise[1:] * noise[:-1]).mean())) < 6 / SIZE**0.5
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_noise_that_several_threads_drew_is_gaussian_in_every_part_and_no_part_repeats_another():
+    source = SecretGaussian()
+    assert source.is_secret
+    first, second = (source.normal(torch.Size([3, 70_000]), 2.0).numpy() for _ in range(2))
+    for part in (*first, *second):
+        assert stats.kstest(part, stats.norm(scale=2.0).cdf).pvalue > RARE
+    for number, part in enumerate((*first, *second)):
+        for other in (*first, *second)[:number]:
+            assert stats.pearsonr(part, other).pvalue > RARE
+    assert len(np.unique(np.stack([first, second]))) == 6 * 70_000, "no value is left as it was, or written twice"
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_one_statistical_stream_among_the_secret_ones_is_seen():
+    source = SecretGaussian()
+    source._generators = (*source._generators[:2], np.random.default_rng())
+    assert not source.is_secret
 
 
 def test_there_is_no_way_to_seed_or_copy_a_source():

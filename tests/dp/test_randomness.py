@@ -9,7 +9,8 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from fedseek.dp.randomness import is_secret, secret_generator
+from fedseek.dp.randomness import PLACE_BYTES, generator_at, is_secret, place_of, secret_generator
+from fedseek.errors import Malformed
 
 
 def test_the_stream_is_aes_in_counter_mode():
@@ -89,3 +90,30 @@ def test_a_generator_is_not_copied():
 def test_only_what_was_made_here_is_secret():
     assert is_secret(secret_generator())
     assert not is_secret(np.random.default_rng())
+
+
+@pytest.mark.parametrize("words", [0, 1, 7, 8, 9, 63, 64, 1001])
+@pytest.mark.parametrize("halves", [0, 1, 2])
+def test_a_stream_goes_on_where_its_process_was_killed(words, halves):
+    generator = secret_generator()
+    generator.bit_generator.random_raw(words)
+    generator.integers(0, 7, size=halves, dtype=np.uint32)  # an odd number keeps half a word back
+    place = place_of(generator)
+    again = generator_at(place)
+    assert place_of(again) == place, "and asking moves nothing"
+    assert is_secret(again)
+    assert len(place) == PLACE_BYTES
+    for draw in (lambda g: g.integers(0, 9, 5, dtype=np.uint32), lambda g: g.random(21), lambda g: g.bytes(64)):
+        assert np.array_equal(draw(generator), draw(again))
+
+
+def test_a_stream_that_goes_on_is_another_in_a_forked_child():
+    again = generator_at(place_of(secret_generator()))
+    assert in_a_forked_child(lambda: again.bytes(32)) != again.bytes(32)
+
+
+def test_a_place_is_only_that_of_a_secret_stream():
+    with pytest.raises(TypeError, match="statistical"):
+        place_of(np.random.default_rng())
+    with pytest.raises(Malformed, match="wanted 29"):
+        generator_at(b"\0" * 28)

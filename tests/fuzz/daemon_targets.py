@@ -339,6 +339,8 @@ def state() -> SiteState:
     return SiteState(
         offer=b"offer",
         scopes=values,
+        steps_done=(2,),
+        steps_accounted=(2,),
         last_sent=1,
         last_applied=1,
         digests={"global": bytes(32)},

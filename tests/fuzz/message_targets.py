@@ -117,7 +117,7 @@ def message_targets() -> dict[str, Target]:
 
 def without_accountant(data: bytes) -> object:
     """All of ``plan_from_canonical`` but the noise calibration, whose cost test_fuzz_findings.py is about."""
-    with mock.patch("fedseek.plan.calibrate_noise_multiplier", return_value=1.0):
+    with mock.patch("fedseek.plan_stages.calibrate_stages", lambda epsilon, delta, shapes: (1.0,) * len(shapes)):
         return plan_from_canonical(data)
 
 

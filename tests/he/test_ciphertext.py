@@ -67,7 +67,7 @@ def test_foreign_bytes_are_refused(name):
 def test_seal_alone_would_have_taken_trailing_bytes():
     # The reason for open_frame: if SEAL ever refuses these itself, this test says that the guard may go.
     context = seal_context(PARAMS)
-    sealfile.load_object(sealapi.Ciphertext(context), BAD["trailing bytes, size rewritten"], context=context)
+    sealfile.load_object(sealapi.Ciphertext(context), [BAD["trailing bytes, size rewritten"]], context=context)
 
 
 def test_fresh_form_is_refused_where_a_sum_is_wanted():
@@ -106,6 +106,18 @@ def test_save_and_load_keep_the_content():
     again = save_ciphertext(load_ciphertext(PARAMS, SUMMED, form=CiphertextForm.SUMMED))
     assert again == SUMMED
     assert (decrypt_slots(KEY, [again]) == SLOTS).all()
+
+
+def test_many_are_read_and_written_through_one_place_and_leave_nothing_to_each_other():
+    with sealfile.scratch() as through:
+        for _ in range(2):  # a summed one is longer: what is left of it lies behind the fresh one
+            summed = load_ciphertext(PARAMS, SUMMED, form=CiphertextForm.SUMMED, through=through)
+            fresh = load_ciphertext(PARAMS, FRESH, form=CiphertextForm.FRESH, through=through)
+            assert save_ciphertext(fresh, through) == save_ciphertext(summed, through) == SUMMED
+        for data in (FRESH[:-1], SUMMED[:-1], FRESH + b"\0", b""):
+            for form in CiphertextForm:
+                with pytest.raises(Malformed):
+                    load_ciphertext(PARAMS, data, form=form, through=through)
 
 
 def test_subtraction_undoes_addition_bit_for_bit():

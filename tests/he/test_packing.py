@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedseek.errors import InvalidPlan
-from fedseek.he.packing import MAX_CIPHERTEXTS, choose_packing, pack, unpack
+from fedseek.he.packing import MAX_CIPHERTEXTS, choose_packing, pack, spans, unpack, unpack_span
 from fedseek.he.params import noise_budget_bits
 
 sizes = st.tuples(st.integers(2, 24), st.integers(1, 1024))
@@ -66,3 +66,17 @@ def test_unpack_refuses_a_wrong_number_of_slots():
     packing = choose_packing(13, 8)
     with pytest.raises(ValueError, match=r"wanted \(4,\) for 10 values"):
         unpack(np.zeros(3, dtype=np.uint64), 10, packing)
+
+
+@pytest.mark.parametrize("num_values", [0, 1, 3 * 2**14, 3 * 2**14 + 1, 100_003])
+def test_spans_hold_every_value_once_and_in_order_where_packing_puts_it(num_values):
+    packing = choose_packing(13, 8)
+    digits = np.random.default_rng(num_values).integers(0, 2**16, size=num_values, dtype=np.uint64)
+    slots, found = pack(digits, packing), list(spans(num_values, packing))
+    assert [place for span in found for place in range(*span.values.indices(num_values))] == list(range(num_values))
+    for span in found:
+        assert span.values.stop - span.values.start == span.slots.stop - span.slots.start <= 2**14
+        assert (unpack_span(slots, span, packing) == digits[span.values]).all()
+    m = packing.num_slots(num_values)
+    for number in {0, m - 1, m, num_values - 1} & set(range(num_values)):  # slot i holds digits i, i + m, i + 2m
+        assert int(slots[number % m]) >> 16 * (number // m) & 0xFFFF == digits[number]

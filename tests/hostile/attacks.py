@@ -260,7 +260,10 @@ def change(data: bytes, **fields: Any) -> bytes:
 def with_update(data: bytes, alter: Callable[[str, tuple[bytes, ...]], Iterable[bytes]]) -> bytes:
     """The same update with other ciphertexts."""
     update = decode_reply(data).update
-    return change(data, update=tuple(ScopedCiphertexts(e.scope, tuple(alter(e.scope, e.ciphertexts))) for e in update))
+    sent = {each.scope: tuple(map(bytes, each.ciphertexts)) for each in update}
+    return change(
+        data, update=tuple(ScopedCiphertexts(scope, tuple(alter(scope, each))) for scope, each in sent.items())
+    )
 
 
 def presence_over(
@@ -282,7 +285,7 @@ def books(cohort: Any) -> Any:
         dict(masked.revealed),
         dict(masked.digests),
         dict(masked.aggregate.contributors),
-        {scope: [save_ciphertext(one) for one in sums] for scope, sums in masked.aggregate.sums.items()},
+        {scope: list(sums) for scope, sums in masked.aggregate.sums.items()},
     )
     prepared = [{number: dict(each) for number, each in kept.items()} for kept in (pipeline.keys, pipeline.dealt)]
     rest = (dict(held.admissions.sites), dict(held.admissions.sizes), held.envelopes.epoch, dict(held.approvals))

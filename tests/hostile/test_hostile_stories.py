@@ -205,7 +205,7 @@ def test_a_round_is_masked_and_trained_once_whoever_is_said_to_take_part(begin):
         cohort.restart(site)
         yield fewer
         assert len(cohort.site(site)._journal.refusals(RUN)) == 2
-        assert state(cohort, site).steps_done == 1
+        assert state(cohort, site).steps_done == (1,)
 
     check(attack(cohort, ("round", 1), forge), *[("WrongRound", "another request")] * 2)
     sent = [(each.site, each.presence) for each in replies(cohort, UpdateReply) if each.round == 1]

@@ -8,7 +8,7 @@ from transformers import AutoModel, LlamaConfig
 
 from fedseek.errors import WrongModel
 from fedseek.lora.load import _switch_dropout_off, empty_base, load_base
-from fedseek.lora.source import check_model, locate_model, model_digest
+from fedseek.lora.source import check_family, check_model, locate_model, model_digest, model_family
 
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -104,6 +104,62 @@ def test_one_changed_byte_of_the_weights_is_refused(tiny_model, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(weights)
     with pytest.raises(WrongModel):
         check_model(tmp_path, model_digest(tiny_model))
+
+
+def test_weights_that_change_while_the_process_lives_are_noticed(tiny_model, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((tiny_model / "model.safetensors").read_bytes())
+    wanted = model_digest(tmp_path)
+    check_model(tmp_path, wanted)
+    weights = bytearray(file.read_bytes())
+    weights[-1] ^= 1
+    file.write_bytes(weights)  # of the same size
+    assert model_digest(tmp_path) == hashlib.sha256(weights).hexdigest() != wanted
+    with pytest.raises(WrongModel):
+        check_model(tmp_path, wanted)
+
+
+def test_weights_that_did_not_change_are_read_once(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes())
+    wanted = model_digest(tmp_path)
+    monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: pytest.fail("read again"))
+    assert model_digest(tmp_path) == wanted
+
+
+def test_the_family_is_the_configurations_model_type(tiny_model, tiny_causal):
+    assert (model_family(tiny_model), model_family(tiny_causal)) == ("bert", "qwen2")
+    for wanted in ("qwen2", None):
+        check_family(tiny_causal, wanted)
+    with pytest.raises(WrongModel, match="is 'qwen2', the plan wants 'llama'"):
+        check_family(tiny_causal, "llama")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "not json",
+        '{"model_type": 3}',
+        '{"model_type": ""}',
+        '{"model_type": "../x"}',
+        '{"model_type": "Qwen2"}',
+        '{"model_type": "' + "a" * 41 + '"}',
+        '{"model_type": "qwen2", "filling": "' + "x" * 1_000_000 + '"}',
+        '{"model_type": "\xff"}',
+    ],
+    ids=lambda text: text[:30] or "empty",
+)
+def test_a_configuration_without_a_family_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(WrongModel, match=r"config\.json"):
+        model_family(tmp_path)
+
+
+def test_a_folder_without_a_configuration_has_no_family(tmp_path):
+    with pytest.raises(WrongModel, match="cannot be read"):
+        model_family(tmp_path)
 
 
 def test_a_folder_with_pickled_weights_only_is_refused_and_never_unpickled(tiny_model, tmp_path):

@@ -103,7 +103,7 @@ def test_wherever_the_coordinator_is_lost_the_run_goes_on_and_releases(make_coho
         trained = [event for event in before[name] if event["event"] == "round"]
         again = [event for event in cohort.events[name][len(before[name]) :] if event["event"] == "round"]
         resting = [event for event in cohort.events[name] if event["event"] == "plan-spent"]
-        assert statement["num_steps"] == 2 * (len(trained) + len(again) - len(resting)) == 4
+        assert statement["stages"][0]["num_steps"] == 2 * (len(trained) + len(again) - len(resting)) == 4
         assert statement["epsilon"] <= 8.0, "what was trained stays spent, and no more is trained than the plan has"
         assert len(resting) <= SOONEST
 

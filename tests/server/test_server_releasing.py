@@ -105,7 +105,7 @@ def test_a_private_release_states_what_each_site_spent(make_cohort):
         statement = json.loads((folder / f"privacy-{name}.json").read_bytes())
         assert 0 < statement["epsilon"] <= 8.0
         assert statement["epsilon_second_opinion"] > statement["epsilon"]
-        assert (statement["num_steps"], statement["delta"]) == (4, 1e-3)
+        assert ([stage["num_steps"] for stage in statement["stages"]], statement["delta"]) == ([4], 1e-3)
         assert len(statement["guards_passed"]) >= 9
         assert statement["audit"]["canaries"] == cohort.coordinator.plan.num_canaries
     assert "(8.00, 0.001)-differential privacy" in (folder / "README.md").read_text("utf-8")
@@ -217,7 +217,7 @@ LIES = {
     "plan_digest": lambda said: msgspec.structs.replace(said, plan_digest="0" * 64),
     "site": lambda said: msgspec.structs.replace(said, site="harbour-bank"),
     "contributors": lambda said: msgspec.structs.replace(said, contributors=said.contributors[1:]),
-    "steps": lambda said: msgspec.structs.replace(said, num_steps=3),
+    "steps": lambda said: msgspec.structs.replace(said, stages=(msgspec.structs.replace(said.stages[0], num_steps=3),)),
     "checks": lambda said: msgspec.structs.replace(said, checks=()),
 }
 

@@ -47,7 +47,7 @@ def with_keys(federated, data, **fields) -> bytes:
 
 def with_first_ciphertext(data: bytes, replace) -> bytes:
     first, *rest = decode_reply(data).update
-    ciphertexts = (replace(first.ciphertexts[0]), *first.ciphertexts[1:])
+    ciphertexts = (replace(bytes(first.ciphertexts[0])), *first.ciphertexts[1:])
     return change(data, update=(ScopedCiphertexts(first.scope, ciphertexts), *rest))
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from simulations.summary import Summary, with_verdicts
+from simulations.summary import Summary
+from simulations.verdicts import with_verdicts
 
 SITES = (
     ("northern-bank", "bank", "Northern Bank"),

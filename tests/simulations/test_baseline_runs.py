@@ -45,13 +45,14 @@ def test_the_probe_of_a_private_run_is_called_private(scenario, tmp_path, monkey
     from simulations import baseline_runs, baselines
 
     monkeypatch.setattr(baseline_runs, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
-    monkeypatch.setattr(baselines, "local_only", lambda folder, site: {site: [0.25, 0.5]})
+    line = baselines.Line((0.25, 0.5), (2.0, 1.0))
+    monkeypatch.setattr(baselines, "local_only", lambda folder, site: {site: line})
     monkeypatch.setattr(baselines, "linear_probe", lambda folder: {"甲行": 0.75, "b": 0.5})
-    local = {"甲行": (0.25, 0.5), "b": (0.25, 0.5)}
+    local, losses = {"甲行": (0.25, 0.5), "b": (0.25, 0.5)}, {"甲行": (2.0, 1.0), "b": (2.0, 1.0)}
     private = run_baselines(tmp_path, scenario("local_only", private=True), Console(quiet=True))
-    assert private == Baselines(local_only=local, dp_linear_probe={"甲行": 0.75, "b": 0.5})
+    assert private == Baselines(local_only=local, local_only_loss=losses, dp_linear_probe={"甲行": 0.75, "b": 0.5})
     plain = run_baselines(tmp_path, scenario("local_only", "linear_probe", private=False), Console(quiet=True))
-    assert plain == Baselines(local_only=local, linear_probe={"甲行": 0.75, "b": 0.5})
+    assert plain == Baselines(local_only=local, local_only_loss=losses, linear_probe={"甲行": 0.75, "b": 0.5})
 
 
 def test_a_run_of_daemons_is_concluded_as_a_simulation_is():

@@ -8,7 +8,7 @@ from fedseek.evaluate import evaluate
 from fedseek.lora.load import load_base
 from fedseek.lora.model import adapter_tensors, head_tensors
 from fedseek.prepare import prepare_model
-from fedseek.records import tokenise
+from fedseek.tokenise import tokenise
 from fedseek_site.admission import units_for
 from simulations.baselines import (
     Bench,

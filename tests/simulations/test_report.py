@@ -14,7 +14,8 @@ import pytest
 from fedseek.statement import NOT_COVERED
 from simulations.charts import COLOURS, PHASES, lines_by_round, spread, stacked_bars
 from simulations.report import headline, render_report, write_report
-from simulations.summary import Summary, with_verdicts
+from simulations.summary import Summary
+from simulations.verdicts import with_verdicts
 
 Figures = Callable[..., dict[str, Any]]
 Summaries = Callable[..., Summary]

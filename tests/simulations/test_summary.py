@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from fedseek.errors import DataError
 from simulations import summary as module
-from simulations.summary import Part, Summary, load_summary, save_summary, verdicts, with_verdicts
+from simulations.summary import Part, Summary, load_summary, save_summary
+from simulations.verdicts import verdicts, with_verdicts
 
 SCHEMA_PAGE = Path(__file__).parents[2] / "docs" / "summary-schema.md"
 Figures = Callable[..., dict[str, Any]]

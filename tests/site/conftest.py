@@ -57,7 +57,7 @@ class Desk:
     federation: Federation
     ledgers: dict[str, Ledger]
     services: dict[str, SiteService]
-    reopen: Callable[[str], SiteService]
+    reopen: Callable[..., SiteService]
     folder: Path
     events: dict[str, list[dict[str, Any]]]
     now: list[float]
@@ -76,7 +76,7 @@ class Desk:
 
     @property
     def last(self) -> int:
-        return self.plan.spec.training.rounds + 1
+        return self.plan.rounds + 1
 
     @property
     def epoch(self) -> int:
@@ -364,7 +364,7 @@ def make_desk(
             (folder / name).mkdir()
         ledgers = {name: Ledger(folder / name / "ledger.sqlite3", storage_key, dataset="记录") for name in identities}
 
-        def reopen(name: str) -> SiteService:
+        def reopen(name: str, **options: Any) -> SiteService:
             return SiteService(
                 identities[name],
                 (data or {}).get(name) or tiny_data(identities[name].kind),
@@ -375,6 +375,7 @@ def make_desk(
                 release_folder=folder / name / "release",
                 observe=events[name].append,
                 clock=lambda: now[0],
+                **options,
             )
 
         services = {name: reopen(name) for name in roster.names}

@@ -144,6 +144,20 @@ def test_a_base_model_that_is_not_there(tiny_plan, tiny_data, tmp_path):
     assert error.rule == "the base model here is not the one the plan names"
 
 
+def test_a_base_model_of_another_family(tiny_plan, tiny_data):
+    check_admission(tiny_plan(model={"family": "bert"}), ROSTER, me=ME, data=tiny_data("hospital"))
+    error = refusal(tiny_plan(model={"family": "qwen2"}), tiny_data("hospital"))
+    assert error.rule == "the base model here is not the one the plan names"
+    assert "'bert', the plan wants 'qwen2'" in error.hint
+
+
+def test_a_model_of_a_hub_that_is_not_here_is_not_fetched(tiny_plan, tiny_data, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *arguments, **options: pytest.fail("fetched"))
+    error = refusal(tiny_plan(model={"source": f"hub:owner/name@{'0' * 40}"}), tiny_data("hospital"))
+    assert error.rule == "the base model here is not the one the plan names"
+    assert "in the local cache" in error.hint
+
+
 def test_no_rule_tells_a_count_or_a_path(tiny_plan, tiny_data, tiny_records, tmp_path):
     many = SiteData(tiny_records("hospital", 4246), tiny_records("hospital", 6))
     refused = [

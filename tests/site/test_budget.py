@@ -11,9 +11,11 @@ from people_of_a_site import DOCUMENT, PLAN, ROSTER, House, make_plan
 from fedseek.dp.accounting import PrivacySpend
 from fedseek.dp.composition import composed_epsilon, composed_epsilon_rdp
 from fedseek.errors import InvalidPlan, LocalRefused, Unreachable
+from fedseek.plan import check_plan
+from fedseek.plan_spec import DomainSpec
 from fedseek_site.budget import Planned, budget_of, describe_budget
 from fedseek_site.budget_command import budget as command
-from fedseek_site.ledger_entries import Limit
+from fedseek_site.ledger_entries import Limit, Mechanism, parts_of
 from fedseek_site.local_answers import answer_from
 from fedseek_site.local_api import serve_local
 
@@ -164,6 +166,29 @@ def test_after_a_run_without_privacy_there_is_no_bound(house):
 
 
 def test_sums_over_different_units_say_so(house):
-    house.ledger.reserve("run-9", PLAN.privacy, 4, plan="cd" * 32, unit="record")
+    house.ledger.reserve("run-9", [(Mechanism.of(PLAN.privacy), 4)], plan="cd" * 32, unit="record")
     entries, data = house.ledger.entries()
     assert "customer, record" in dict(describe_budget(budget_of(entries, data, LIMIT, None)))["note"]
+
+
+# --- two stages
+
+DOMAIN = {"rounds": 1, "steps_per_round": 4, "sampling_probability": 1.0, "learning_rate": 0.001, "budget_share": 0.25}
+
+
+def test_a_plan_of_two_stages_costs_what_both_cost_together(house):
+    spec = PLAN.spec.model_copy(update={"domain": DomainSpec.model_validate(DOMAIN), "name": "two"})
+    plan = check_plan(spec)
+    planned = Planned.of(plan)
+    house.ledger.reserve("两-3", parts_of(plan), plan=plan.digest, unit="customer")
+    house.ledger.spend("两-3", 1, plan.stages[0].privacy, 4)
+    entries, data = house.ledger.entries()
+    told = budget_of(entries, data, LIMIT, planned)
+    assert told.planned.epsilon == composed_epsilon(plan.spend_of(plan.steps_after(plan.rounds)).stages, 1e-5)
+    run = next(each for each in told.runs if each.run == "两-3")
+    assert (run.rounds, run.steps, run.set_aside_steps) == (1, 4, plan.stages[1].num_steps)
+    assert [(each.noise_multiplier, each.steps, each.set_aside_steps) for each in run.mechanisms] == [
+        (plan.stages[0].privacy.noise_multiplier, 4, 0),
+        (plan.stages[1].privacy.noise_multiplier, 0, plan.stages[1].num_steps),
+    ]
+    assert run.epsilon == plan.spend_after(1).epsilon()

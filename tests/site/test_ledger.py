@@ -17,7 +17,7 @@ from fedseek.errors import AuditBroken, BudgetExceeded, CustodyError, JournalUnu
 from fedseek.identity.vault import StorageKey
 from fedseek.records import Records
 from fedseek_site.ledger import Ledger, read_ledger
-from fedseek_site.ledger_entries import DataTaken, Limit, Noted, Spent, epsilon_of
+from fedseek_site.ledger_entries import DataTaken, Limit, Mechanism, Noted, Spent, epsilon_of
 
 KEY = StorageKey.generate()
 PARAMS = PrivacyParams(noise_multiplier=2.0, sampling_probability=0.2, delta=1e-5, l2_clip_norm=1.0)
@@ -41,11 +41,11 @@ def spent(ledger: Ledger) -> float:
 
 
 def after(ledger: Ledger, run: str, steps: int, privacy: PrivacyParams | None = PARAMS, plan: str = PLAN) -> float:
-    return ledger.total_after(run, privacy, steps, plan=plan, delta=DELTA)
+    return ledger.total_after(run, [(Mechanism.of(privacy), steps)], plan=plan, delta=DELTA)
 
 
 def reserve(ledger: Ledger, run: str, steps: int, privacy: PrivacyParams | None = PARAMS, plan: str = PLAN) -> None:
-    ledger.reserve(run, privacy, steps, plan=plan, unit="customer")
+    ledger.reserve(run, [(Mechanism.of(privacy), steps)], plan=plan, unit="customer")
 
 
 @pytest.fixture
@@ -184,11 +184,74 @@ def test_a_run_that_goes_on_from_another_is_charged_the_rest(open_ledger):
     ledger = open_ledger()
     reserve(ledger, "run-1", 100)
     ledger.spend("run-1", 1, PARAMS, 40)
-    ledger.follow("run-2", "run-1", steps=40)
+    ledger.follow("run-2", "run-1", steps=[40])
     assert after(ledger, "run-2", 100) == cost(100)
     reserve(ledger, "run-2", 100)
     ledger.end_earlier("run-2")
     assert after(ledger, "run-3", 1) == cost(101)
+
+
+# stages
+
+
+TWO_STAGES = [(Mechanism.of(PARAMS), 60), (Mechanism.of(OTHER), 40)]
+
+
+def composed(first: int, second: int) -> float:
+    return composed_epsilon([PrivacySpend(PARAMS, first), PrivacySpend(OTHER, second)], DELTA)
+
+
+def total_of_two(ledger: Ledger, run: str) -> float:
+    return ledger.total_after(run, TWO_STAGES, plan=PLAN, delta=DELTA)
+
+
+def test_stages_of_a_run_are_set_aside_each_with_its_own_noise(open_ledger):
+    ledger = open_ledger()
+    assert total_of_two(ledger, "run-1") == composed(60, 40) < cost(60) + cost(40, params=OTHER)
+    for _ in range(2):
+        ledger.reserve("run-1", TWO_STAGES, plan=PLAN, unit="customer")
+    assert ledger.head()[0] == 3, "the data set, and one entry a mechanism"
+    assert total_of_two(ledger, "run-1") == composed(60, 40)
+    ledger.spend("run-1", 1, PARAMS, 60)
+    ledger.spend("run-1", 2, OTHER, 10)
+    ledger = open_ledger()
+    assert (spent(ledger), total_of_two(ledger, "run-1")) == (composed(60, 10), composed(60, 40))
+    assert after(ledger, "run-2", 50) == composed(110, 40)
+    with pytest.raises(WrongRound, match="another mechanism"):
+        ledger.spend("run-1", 3, dataclasses.replace(PARAMS, noise_multiplier=9.0), 10)
+    assert ledger.end("run-1")
+    assert after(ledger, "run-2", 50) == composed(110, 10), "what the second stage did not train is free again"
+
+
+def test_stages_of_one_noise_are_one_entry(open_ledger):
+    ledger = open_ledger()
+    ledger.reserve("run-1", [TWO_STAGES[0], TWO_STAGES[0]], plan=PLAN, unit="customer")
+    assert (ledger.head()[0], after(ledger, "run-2", 1)) == (2, cost(121))
+
+
+def test_steps_of_one_stage_are_not_set_aside_for_another(open_ledger):
+    limit = Limit(composed(60, 40), DELTA)
+    ledger = open_ledger(limit=limit)
+    ledger.reserve("run-1", TWO_STAGES, plan=PLAN, unit="customer")
+    ledger.spend("run-1", 1, PARAMS, 60)
+    with pytest.raises(BudgetExceeded):
+        ledger.spend("run-1", 2, PARAMS, 40)  # a stage that trains too long: 40 steps are left, of the other
+    ledger.spend("run-1", 2, OTHER, 40)
+    assert spent(ledger) == limit.epsilon
+
+
+def test_a_run_that_goes_on_from_another_is_charged_the_rest_of_each_stage(open_ledger):
+    ledger = open_ledger()
+    ledger.reserve("run-1", TWO_STAGES, plan=PLAN, unit="customer")
+    ledger.spend("run-1", 1, PARAMS, 60)
+    ledger.spend("run-1", 2, OTHER, 10)
+    ledger.follow("run-2", "run-1", steps=[60, 10])
+    assert total_of_two(ledger, "run-2") == composed(60, 40)
+    ledger.reserve("run-2", TWO_STAGES, plan=PLAN, unit="customer")
+    ledger.end_earlier("run-2")
+    assert ledger.account().ended == {"run-1"}
+    assert ledger.entries()[0][-1].entry.run == "run-1", "a run of two entries is ended once"
+    assert after(ledger, "run-3", 1) == composed(61, 40)
 
 
 # whose data

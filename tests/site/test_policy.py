@@ -115,6 +115,16 @@ TRIPS = [
     ("models.allowed: the plan's base model is not among those allowed", {"models__allowed": ["cd" * 32]}, {}),
     ("tasks.kinds: the plan has tasks for hospital", {"tasks__kinds": ["bank"]}, {}),
     ("tasks.labels: the plan has labels that are not allowed", {"tasks__labels": ["欺诈"]}, {}),
+    (
+        "tasks.language: the plan asks to instruct, allowed none",
+        {"tasks__metrics": ["accuracy", "answers"]},
+        {"kinds__bank": {"task": "instruct", "unit": "customer"}},
+    ),
+    (
+        "tasks.metrics: the plan discloses answers, allowed accuracy",
+        {"tasks__language": ["instruct"], "tasks__metrics": ["accuracy"]},
+        {"kinds__bank": {"task": "instruct", "unit": "customer"}},
+    ),
     ("tasks.units: the plan protects a customer, allowed patient", {"tasks__units": ["patient"]}, {}),
     ("tasks.metrics: the plan discloses auc, allowed accuracy", {"tasks__metrics": ["accuracy"]}, {}),
 ]

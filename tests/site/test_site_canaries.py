@@ -10,13 +10,14 @@ from msgspec.structs import replace
 
 from fedseek.apply import ScopeState
 from fedseek.canary_record import read_canary_record, work_out
+from fedseek.encode import UpdateLayout
 from fedseek.errors import ReleaseRefused
 from fedseek.messages import Continuation, UpdateReply, decode_reply
 from fedseek.train import make_batch, record_losses
 from fedseek_site import canary_audit
 from fedseek_site.continuing import continue_run, offer_of
 from fedseek_site.state import CanaryState, SiteState
-from fedseek_site.weights import load_weights, model_vectors, to_scopes
+from fedseek_site.weights import load_weights, model_vectors, to_scopes, to_values
 
 RUN = "试运行-1"
 AWAY = "st-anna"
@@ -93,16 +94,16 @@ def test_what_the_canaries_change_and_what_they_do_not(begun):
     service = begun.site("harbour-bank")
     run, state = run_of(service), state_of(service)
     canaries = canary_audit._canaries(run, state.canaries.seed)
-    trained_on = canary_audit.training_records(run, state)
-    assert len(run.train_records) == 12, "what the site weighs, and what delta is held against"
-    assert trained_on.num_units == run.train_records.num_units + canaries.coins.sum()
+    trained_on = canary_audit.training_records(run, state, number=1)
+    assert len(run.train_in(1)) == 12, "what the site weighs, and what delta is held against"
+    assert trained_on.num_units == run.train_in(1).num_units + canaries.coins.sum()
     # the divisor of a step may not depend on the coins
-    assert canary_audit.expected_units(run, state) == run.train_records.num_units + 16
+    assert canary_audit.expected_units(run, state, number=1) == run.train_in(1).num_units + 16
     other = replace(state, canaries=replace(state.canaries, seed=bytes(32)))
-    assert canary_audit.expected_units(run, other) == canary_audit.expected_units(run, state)
+    assert canary_audit.expected_units(run, other, number=1) == canary_audit.expected_units(run, state, number=1)
     without = replace(state, canaries=None)
-    assert canary_audit.training_records(run, without) is run.train_records
-    assert canary_audit.expected_units(run, without) == run.train_records.num_units
+    assert canary_audit.training_records(run, without, number=1) is run.train_in(1)
+    assert canary_audit.expected_units(run, without, number=1) == run.train_in(1).num_units
 
 
 def test_a_run_that_goes_on_from_another_keeps_the_canaries(begun):
@@ -138,15 +139,32 @@ def test_a_sum_that_went_the_way_of_a_canary_raises_its_score(begun):
     run, state = run_of(service), state_of(service)
     before = to_scopes(state.scopes, run.layouts)
     after = _pulled_by_first_canary(run, state, before)
-    seen = canary_audit.watch_sum(run, state.canaries, before, after)
+    seen = canary_audit.watch_sum(run, state.canaries, before, after, number=1)
     assert (seen.seed, seen.first_losses, seen.rounds) == (state.canaries.seed, state.canaries.first_losses, 1)
     once = np.frombuffer(seen.round_scores, "<f8")
     assert once[0] > 0
-    twice = np.frombuffer(canary_audit.watch_sum(run, seen, before, after).round_scores, "<f8")
+    twice = np.frombuffer(canary_audit.watch_sum(run, seen, before, after, number=1).round_scores, "<f8")
     assert twice == pytest.approx(2 * once), "summed over the rounds"
-    back = np.frombuffer(canary_audit.watch_sum(run, state.canaries, after, before).round_scores, "<f8")
+    back = np.frombuffer(canary_audit.watch_sum(run, state.canaries, after, before, number=1).round_scores, "<f8")
     assert back[0] < 0
-    assert canary_audit.watch_sum(run, None, before, after) is None
+    assert canary_audit.watch_sum(run, None, before, after, number=1) is None
+
+
+def test_a_scope_without_tensors_says_nothing_of_a_canary(begun):
+    service = begun.site("harbour-bank")
+    run, state = run_of(service), state_of(service)
+    before = to_scopes(state.scopes, run.layouts)
+    after = _pulled_by_first_canary(run, state, before)
+    bank = UpdateLayout("kind/bank", (), ("held_back_count",))
+    headless = ScopeState(bank, np.zeros(0, np.float32), np.zeros(0), 1.0)
+    stored = to_values({"kind/bank": headless})
+    assert to_scopes(stored, {"kind/bank": bank})["kind/bank"].digest() == headless.digest()
+    still = {**after, "kind/bank": before["kind/bank"]}  # the adapter moved, the head did not
+    wanted = canary_audit.watch_sum(run, state.canaries, before, still, number=1)
+    seen = canary_audit.watch_sum(
+        run, state.canaries, {**before, "kind/bank": headless}, {**after, "kind/bank": headless}, number=1
+    )
+    assert seen == wanted
 
 
 def _pulled_by_first_canary(run, state, before):

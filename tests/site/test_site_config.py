@@ -1,5 +1,6 @@
 """``site.toml`` and the records that it names."""
 
+import csv
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedseek.dialogues import Turn
 from fedseek.errors import InvalidConfig, InvalidRecords
+from fedseek.records import Columns
 from fedseek_site.config import CONFIG_FILE, SiteConfig, load_config, read_site_data
 
 CLIENTS = Path(__file__).resolve().parents[2] / "clients"
@@ -33,13 +36,13 @@ def write_rows(folder, *rows, held_back="text,label,unit\na,正常,c1\n"):
 
 def test_the_least_that_must_be_said_and_what_holds_then(tmp_path):
     config = load(tmp_path, SMALLEST)
-    assert (config.data.text, config.data.label, config.data.unit) == ("text", "label", None)
+    assert config.data.columns == Columns("text", None)
     assert (config.folders.release, config.folders.report) == ("release", "report.jsonl")
     assert config.sockets.by_role == {"operator": "", "steward": "", "officer": ""}
     assert (config.courier.separate, config.threads) == (False, None)
 
 
-@pytest.mark.parametrize("name", ["bank.example.toml", "hospital.example.toml"])
+@pytest.mark.parametrize("name", ["bank.example.toml", "hospital.example.toml", "instruct.example.toml"])
 def test_the_examples_are_taken(tmp_path, name):
     config = load(tmp_path, (CLIENTS / name).read_text("utf-8"))
     assert config.data.unit
@@ -124,6 +127,61 @@ def test_the_label_column_may_have_another_name(tmp_path):
     write_rows(tmp_path, {"text": "a", "结果": "x"}, held_back="text,结果\na,y\n")
     data = read_site_data(tmp_path, load(tmp_path, SMALLEST + 'label = "结果"\n').data)
     assert (data.train.labels, data.held_back.labels) == (("x",), ("y",))
+
+
+def test_files_without_labels_have_texts_alone(tmp_path):
+    write_rows(tmp_path, {"text": "病程记录"}, held_back="text\na\n")
+    data = read_site_data(tmp_path, load(tmp_path, SMALLEST).data)
+    assert (data.train.texts, data.train.labels, data.held_back.labels) == (("病程记录",), ("",), ("",))
+    with pytest.raises(InvalidRecords, match="no column '结果' in every row"):
+        read_site_data(tmp_path, load(tmp_path, SMALLEST + 'label = "结果"\n').data)
+
+
+TALK = [{"role": "user", "content": "胸痛三天？"}, {"role": "assistant", "content": "立即就医。"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ('instruction = "问题"\noutput = "答复"\n', {"问题": "胸痛三天？", "答复": "立即就医。"}),
+        (
+            'instruction = "问题"\ninput = "摘要"\noutput = "答复"\n',
+            {"问题": "胸痛三天？", "摘要": "", "答复": "立即就医。"},
+        ),
+        ('messages = "对话"\n', {"对话": TALK}),
+    ],
+    ids=["instruction", "input", "messages"],
+)
+def test_a_site_of_dialogues_needs_neither_texts_nor_labels(tmp_path, columns, row):
+    (tmp_path / "训练.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    cells = {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
+    with (tmp_path / "保留.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(cells))
+        writer.writeheader()
+        writer.writerow(cells)
+    data = read_site_data(tmp_path, load(tmp_path, SMALLEST + columns).data)
+    assert data.train == data.held_back
+    assert data.train.dialogues == ((Turn("user", "胸痛三天？"), Turn("assistant", "立即就医。")),)
+    assert (data.train.texts, data.train.labels) == (("",), ("",))
+
+
+def test_a_site_of_dialogues_may_name_texts_and_labels_besides(tmp_path):
+    columns = 'messages = "对话"\ntext = "病程"\nlabel = "分诊"\n'
+    rows = [{"对话": TALK, "病程": "", "分诊": ""}, {"对话": None, "病程": "胸痛", "分诊": "急诊"}]
+    (tmp_path / "训练.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    (tmp_path / "保留.csv").write_text("对话,病程,分诊\n,胸痛,普通\n", "utf-8")
+    data = read_site_data(tmp_path, load(tmp_path, SMALLEST + columns).data)
+    assert (data.train.texts, data.train.labels) == (("", "胸痛"), ("", "急诊"))
+    assert (bool(data.train.dialogues[0]), data.held_back.dialogues) == (True, ())
+
+
+@pytest.mark.parametrize(
+    "columns",
+    ['instruction = "q"\n', 'input = "q"\n', 'messages = "m"\ninstruction = "q"\noutput = "a"\n', 'messages = ""\n'],
+    ids=["no output", "input alone", "two ways", "empty"],
+)
+def test_columns_of_dialogues_that_do_not_fit_are_refused(tmp_path, columns):
+    assert problems(tmp_path, SMALLEST + columns)[0].startswith("data")
 
 
 def test_the_held_back_file_is_checked_too(tmp_path):

@@ -32,8 +32,8 @@ def spied(monkeypatch):
         seen["weights"].setdefault(site_run.me, {})[number] = {s: held.weights.copy() for s, held in scopes.items()}
         return real_evaluate(site_run, scopes, number=number)
 
-    def encode(*arguments):
-        slots, guards = real_encode(*arguments)
+    def encode(*arguments, number):
+        slots, guards = real_encode(*arguments, number=number)
         seen["guards"].append(guards)
         return slots, guards
 
@@ -51,7 +51,7 @@ def moves(spied, scope, site=NAME):
 def test_with_updates_of_zeros_the_adapter_moves_by_the_noise_that_was_promised(
     make_cohort, tiny_plan, spied, monkeypatch
 ):
-    monkeypatch.setattr(rounds, "has_steps_left", lambda *_: False)  # every round is rested in: zeros are sent
+    monkeypatch.setattr(rounds, "has_steps_left", lambda *_, **__: False)  # every round is rested in: zeros are sent
     plan = site_plan(tiny_plan, lora={"rank": 16}, training={"rounds": 2})
     cohort = make_cohort(plan=plan)
     with pytest.raises(SiteRefused, match="ReleaseRefused"):  # what was not trained in is not released

@@ -252,11 +252,11 @@ def at_private_release(make_desk):
 
 EARNED_NOT = {
     "a step that the accountant does not know": (
-        {"steps_done": 5},
+        {"steps_done": (5,)},
         "budget: got 5 trained, 4 accounted, 4 in the ledger",
     ),
     "steps that the ledger does not know": (
-        {"steps_done": 6, "steps_accounted": 6},
+        {"steps_done": (6,), "steps_accounted": (6,)},
         "budget: got 6 trained, 6 accounted, 4 in the ledger",
     ),
     "a guard that did not report": ({"guards_passed": ("noise_added",)}, "guards: got 1, without clipping_applied"),
@@ -269,7 +269,7 @@ def test_a_site_that_cannot_earn_its_statement_does_not_release(at_private_relea
     desk, request = at_private_release
     service = desk.services[ME]
     run, state = service._held
-    assert (state.steps_done, state.steps_accounted) == (4, 4)
+    assert (state.steps_done, state.steps_accounted) == ((4,), (4,))
     service._held = run, replace(state, **changes)
     try:
         assert desk.code(ME, request) == "ReleaseRefused"

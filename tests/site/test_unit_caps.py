@@ -67,7 +67,7 @@ def test_held_back_rows_are_not_capped(make_cohort, tiny_plan, crowded):
     cohort = make_cohort(plan=plan, data={HOSPITAL: SiteData(crowded, crowded)})
     cohort.play(until=("round", 1))
     run, _ = cohort.site(HOSPITAL)._held
-    assert (len(run.train_records), len(run.held_back)) == (5, 12)
+    assert (len(run.train_in(1)), len(run.held_back_in(1))) == (5, 12)
 
 
 def test_a_site_that_counts_by_records_counts_its_patients(make_cohort, tiny_plan, crowded, monkeypatch):
