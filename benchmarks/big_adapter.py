@@ -214,7 +214,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sites", type=int, default=3, help="sites of the round (default: %(default)s)")
     parser.add_argument("--max-sites", type=int, default=8, help="sites the packing leaves room for (default: 8)")
     parser.add_argument("--bits", type=int, default=13, help="bits of a quantised value (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--json", metavar="FILE", nargs="?", const="", help="write the figures there; without FILE, print them"
+    )
     arguments = parser.parse_args(argv)
     if arguments.values < 1 or not 2 <= arguments.sites <= arguments.max_sites:
         parser.error("wanted --values of at least 1, and two --sites or more, not more than --max-sites")
@@ -233,9 +235,9 @@ def main(argv: list[str] | None = None) -> int:
     except FedseekError as error:  # a packing that no plan allows
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if asked.json is not None:
-        asked.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(show(result))
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result) if asked.json == "" else show(result))
     return 0 if result["right"] and (workload.values < FULL_VALUES or all(result["met"].values())) else 1
 
 

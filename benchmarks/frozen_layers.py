@@ -93,6 +93,7 @@ class TrainedPart(nn.Module):
         # Named as in the model: what is below ``encoder.`` is the adapter's, what is below ``head.`` the head's.
         self.encoder = nn.ModuleDict({"lora_B": top.dense.lora_B["default"], "LayerNorm": top.LayerNorm})
         self.head = model.head
+        self.trained = frozenset({"encoder.lora_B.weight", "head.weight", "head.bias"})
         self._scaling = top.dense.scaling["default"]
         self.register_buffer("base", torch.from_numpy(frozen.base), persistent=False)
         self.register_buffer("projected", torch.from_numpy(frozen.projected[seed]), persistent=False)
@@ -111,6 +112,7 @@ class HeadOnFeatures(nn.Module):
     def __init__(self, head: nn.Linear, features: Table) -> None:
         super().__init__()
         self.head = head
+        self.trained = frozenset({"head.weight", "head.bias"})
         self.register_buffer("features", torch.from_numpy(features), persistent=False)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,9 @@
 """Held-out perplexity of a small language model: federated, each site alone, at epsilon 8, and LoRA against all weights.
 
 The sites, the stages and the small model are those of simulations/scenarios/instruct.toml (MedQuAD at two hospitals, TAT-QA
-at two banks); seeds change the adapter's first values and the order of the data. Learning rates of LoRA and of full
-fine-tuning are tuned on the first seed, each by itself, on the same held-back rows that are reported. Every figure goes to a
-JSON-lines file as soon as it is there, so that the work can be cut at any moment. Ends in status 1 if a target is missed, in
-2 where the public data sets are missing.
+at two banks); seeds change the order of the data. Learning rates of LoRA and of full fine-tuning are tuned on the first seed,
+each by itself, on the same held-back rows that are reported. Every figure goes to a JSON-lines file as soon as it is there, so
+that the work can be cut at any moment. Ends in status 1 if a target is missed, in 2 where the public data sets are missing.
 
 Example:
     python benchmarks/language_model.py --work /tmp/language --workers 2 --picture language.png

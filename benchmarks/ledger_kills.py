@@ -48,6 +48,7 @@ class Rows:
     texts: tuple[str, ...]
     units: tuple[str, ...]
     unit_column: str | None = "customer"
+    dialogues: tuple[()] = ()
 
 
 @dataclass

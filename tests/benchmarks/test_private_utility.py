@@ -100,7 +100,7 @@ def test_training_on_tables_ends_where_training_the_whole_model_ends(whole, tiny
     frozen = freeze({0: twin}, TEXTS)
     part = TrainedPart(twin, frozen, seed=0)
     labels, units = np.arange(8) % 3, np.arange(8)
-    settings = replace(prepare_settings(plan), num_steps=4)
+    settings = replace(prepare_settings(plan, 1), num_steps=4)
     train_round(model, TokenisedRecords(TEXTS, labels, units), settings=settings, privacy=None, seed=3)
     rows = [frozen.rows_of(text) for text in range(8)]
     train_round(part, TokenisedRecords(rows, labels, units), settings=settings, privacy=None, seed=3)

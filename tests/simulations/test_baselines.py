@@ -258,9 +258,9 @@ def test_every_baseline_gives_every_site_a_utility_for_every_round(run_folder, p
     together = centralised(folder)
     assert list(together) == names
     for line in [*alone.values(), *together.values()]:
-        assert len(line) == 3  # before training, and after each of two rounds
-        assert all(0 <= utility <= 1 for utility in line)
-    assert together["仁济医院"][0] == alone["仁济医院"][0]
+        assert len(line.utilities) == len(line.losses) == 3  # before training, and after each of two rounds
+        assert all(0 <= utility <= 1 for utility in line.utilities)
+    assert together["仁济医院"].utilities[0] == alone["仁济医院"].utilities[0]
     probed = linear_probe(folder)
     assert probed.keys() == set(names)
     assert all(0 <= utility <= 1 for utility in probed.values())
@@ -268,6 +268,6 @@ def test_every_baseline_gives_every_site_a_utility_for_every_round(run_folder, p
 
 def test_an_easy_task_is_learned_by_every_baseline(run_folder):
     folder = run_folder(training={"rounds": 3, "steps_per_round": 30, "learning_rate": 0.01, "head_learning_rate": 0.1})
-    assert local_only(folder, "harbour-bank")["harbour-bank"][-1] >= 0.8
-    assert all(line[-1] >= 0.8 for line in centralised(folder).values())
+    assert local_only(folder, "harbour-bank")["harbour-bank"].utilities[-1] >= 0.8
+    assert all(line.utilities[-1] >= 0.8 for line in centralised(folder).values())
     assert all(utility >= 0.8 for utility in linear_probe(folder).values())

@@ -29,9 +29,9 @@ from simulations.scenario import read_site_data as read_scenario_data
 from simulations.summary import Summary
 
 NAMES = ["北岸银行", "harbour-bank", "仁济医院", "st-anna"]
-# Nats, by kind; training takes 0.14 and more off every loss. Two simulations differ as much: the order of a batch is drawn
-# anew, and where a gradient is almost zero, as the hospitals' is, Adam makes whole steps of what rounding leaves of it.
-LOSS_TOLERANCE = {"bank": 0.002, "hospital": 0.12}
+# Nats. Training takes 0.14 and more off every loss. Of the hospitals' losses only that they fall can be told: the order of a
+# batch is drawn anew, and where a gradient is almost zero, as theirs is, Adam makes whole steps of what rounding leaves of it.
+BANK_LOSS_TOLERANCE = 0.002
 
 
 @pytest.fixture
@@ -189,8 +189,8 @@ def check_agreement(real, simulated):
     for ours, theirs in zip(real.rounds, simulated.rounds, strict=True):
         for site, other in zip(ours.sites, theirs.sites, strict=True):
             assert (site.site, site.metric, site.epsilon) == (other.site, other.metric, other.epsilon)
-            tolerance = LOSS_TOLERANCE[kinds[site.site]] if ours.round else 1e-6
-            assert site.loss == pytest.approx(other.loss, abs=tolerance)
+            if ours.round == 0 or kinds[site.site] == "bank":
+                assert site.loss == pytest.approx(other.loss, abs=BANK_LOSS_TOLERANCE if ours.round else 1e-6)
             assert site.bytes_up == pytest.approx(other.bytes_up, rel=0.01)  # the same ciphertexts, of other randomness
     for first, final in zip(real.rounds[0].sites, real.final.sites, strict=True):
         assert final.loss < first.loss - 0.1

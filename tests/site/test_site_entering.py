@@ -48,7 +48,7 @@ def test_a_site_signs_the_plan_with_the_run_and_the_roster_it_is_bound_to(make_d
     for keys in reply.keys:
         check_keys(keys, desk.federation, keys.round)
     assert reply.group_key is None
-    assert [event["event"] for event in desk.events[ME]] == ["layout", "answered"]
+    assert [event["event"] for event in desk.events[ME]] == ["adapter", "layout", "answered"]
 
 
 def test_a_site_that_is_offered_the_plan_in_the_midst_of_a_run_enters_there(make_desk):

@@ -52,7 +52,9 @@ def test_every_process_is_restarted_after_every_step_and_nothing_is_lost(make_de
     same_everywhere(desk)
     for site, reply in desk.approved.items():
         statement = json.loads(reply.statement)
-        assert statement["num_steps"] == 4, f"{site}: every step is counted, none twice"
+        assert [stage["num_steps"] for stage in statement["stages"]] == [4], (
+            f"{site}: every step is counted, none twice"
+        )
         assert statement["epsilon"] <= 8.0
         assert len(told(desk, site, "round")) == 2, "no round was trained twice"
 
