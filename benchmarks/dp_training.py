@@ -28,7 +28,8 @@ from fedseek.lora.load import load_base
 from fedseek.lora.model import AdapterModel, LoraParams, build_model
 from fedseek.lora.source import locate_model
 from fedseek.records import TokenisedRecords
-from fedseek.train import TrainingSettings, train_round
+from fedseek.train import train_round
+from fedseek.train_settings import TrainingSettings
 
 NUM_RECORDS, NUM_TOKENS, NUM_LABELS, RANK = 32, 32, 20, 16
 TARGET = 1.15

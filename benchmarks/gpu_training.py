@@ -50,7 +50,8 @@ from fedseek.lora.compute import choose_device
 from fedseek.lora.model import AdapterModel, LoraParams, build_model
 from fedseek.plan import GLOBAL_SCOPE, Plan, check_plan, head_scope, parse_spec
 from fedseek.records import TokenisedRecords
-from fedseek.train import TrainingSettings, train_round
+from fedseek.train import train_round
+from fedseek.train_settings import TrainingSettings
 from simulations import protocol
 
 KIND, SITES, RANK = "bank", 3, 16

@@ -29,7 +29,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from fedseek.dp.accounting import PrivacyParams
 from fedseek.lora.model import AdapterModel, LoraParams, build_model
 from fedseek.records import TokenisedRecords
-from fedseek.train import TrainingSettings, train_round
+from fedseek.train import train_round
+from fedseek.train_settings import TrainingSettings
 
 TARGET = 1.2
 STEPS_IN_A_TURN = 2

@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedseek.batches import by_length, make_batch, record_losses
 from fedseek.plan_spec import Task
 from fedseek.records import TokenisedRecords
-from fedseek.train import by_length, make_batch, record_losses
 
 SEED_BYTES: Final = 32
 _ORDINARY_TOKENS: Final = 8  # of a candidate: many pool to much the same mean, few can be in a real text by chance

@@ -22,7 +22,7 @@ from fedseek.he.params import noise_budget_bits
 from fedseek.lora.load import empty_base
 from fedseek.lora.source import locate_model
 from fedseek.plan import GLOBAL_SCOPE, Plan
-from fedseek.prepare import prepare_layouts, prepare_model, writes
+from fedseek.prepare import prepare_layouts, prepare_model
 from fedseek.secagg.graph import choose_graph
 from fedseek.secagg.mac import mac
 from fedseek.secagg.stream import SEED_BYTES, add_stream
@@ -109,7 +109,7 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
 
 
 def _layouts(plan: Plan, kind: str) -> dict[str, UpdateLayout]:
-    base = empty_base(locate_model(plan.spec.model.source), words=writes(plan, kind))
+    base = empty_base(locate_model(plan.spec.model.source), words=plan.writes(kind))
     return prepare_layouts(plan, kind, prepare_model(plan, kind, base))
 
 

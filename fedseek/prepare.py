@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from fedseek.encode import UpdateLayout
 from fedseek.lora.model import AdapterModel, LoraParams, adapter_shapes, build_model, head_shapes
 from fedseek.plan import GLOBAL_SCOPE, Plan, head_scope
-from fedseek.train import TrainingSettings
+from fedseek.train_settings import TrainingSettings
 
 HELD_BACK_METRICS = ("held_back_score", "held_back_weight", "held_back_loss", "held_back_count")
 """What rides beside the head of a kind, summed under encryption; computed on held-back rows only."""
@@ -17,13 +17,8 @@ STOP_METRICS = ("stop_votes",)
 """Beside the adapter, where the plan may end training early: 1 of a site that votes for it, else 0."""
 
 
-def writes(plan: Plan, kind: str) -> bool:
-    """Whether sites of ``kind`` learn words in any stage, and need the base model with its head of words."""
-    return plan.writes(kind)
-
-
 def prepare_model(plan: Plan, kind: str, base: PreTrainedModel) -> AdapterModel:
-    """``base`` (with its head of words where ``writes``) with the plan's adapter and the head of ``kind``, if it has one.
+    """``base`` (with its head of words where ``plan.writes``) with the plan's adapter and the head of ``kind``, if it has one.
 
     Both are at their first values. What a round trains, ``set_trainable`` says.
 

@@ -36,7 +36,8 @@ from fedseek.errors import FedseekError, GuardTripped, ProcessLost
 from fedseek.progress import OnProgress, Progress
 from fedseek.records import TokenisedRecords
 from fedseek.round_job import Job
-from fedseek.train import TrainingOutcome, TrainingSettings, train_round
+from fedseek.train import TrainingOutcome, train_round
+from fedseek.train_settings import TrainingSettings
 
 Build = Callable[[int], nn.Module]
 """Given a rank, from 1, the model of that follower on its device; a function that a fresh process can import."""

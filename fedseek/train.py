@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedseek.batches import Allowed, Batch, Indices, by_length, make_batch, masked_logits, record_losses, token_losses
+from fedseek.batches import Allowed, Indices, by_length, make_batch, record_losses
 from fedseek.dp import guards
 from fedseek.dp.accounting import PrivacyParams, PrivacySpend
 from fedseek.dp.private_step import PrivateStep, private_step
@@ -32,25 +32,6 @@ from fedseek.plain_step import PlainStep
 from fedseek.progress import OnProgress, Progress, put_back, take_optimiser, take_values, trained_tensors
 from fedseek.records import TokenisedRecords
 from fedseek.train_settings import TrainingSettings
-
-__all__ = [
-    "Allowed",
-    "Batch",
-    "Indices",
-    "OnProgress",
-    "PlainStep",
-    "PrivateStep",
-    "Progress",
-    "TrainingOutcome",
-    "TrainingSettings",
-    "Workers",
-    "by_length",
-    "make_batch",
-    "masked_logits",
-    "record_losses",
-    "token_losses",
-    "train_round",
-]
 
 _NUM_PROBED = 4
 

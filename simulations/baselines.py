@@ -25,7 +25,7 @@ from fedseek.lora.load import load_base
 from fedseek.lora.model import AdapterModel, set_trainable
 from fedseek.lora.source import locate_model
 from fedseek.plan import Plan
-from fedseek.prepare import prepare_model, prepare_settings, writes
+from fedseek.prepare import prepare_model, prepare_settings
 from fedseek.records import TokenisedRecords
 from fedseek.tokenise import tokenise
 from fedseek.train import train_round
@@ -293,7 +293,7 @@ def _average_heads(probes: list[Probe]) -> None:
 
 
 def _fresh_model(plan: Plan, kind: str) -> AdapterModel:
-    return prepare_model(plan, kind, load_base(locate_model(plan.spec.model.source), words=writes(plan, kind)))
+    return prepare_model(plan, kind, load_base(locate_model(plan.spec.model.source), words=plan.writes(kind)))
 
 
 def _open(run_folder: Path) -> tuple[Scenario, list[Bench]]:

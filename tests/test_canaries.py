@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedseek.batches import make_batch, record_losses
 from fedseek.canaries import (
     Canaries,
     Vocabulary,
@@ -18,7 +19,6 @@ from fedseek.canaries import (
     with_canaries,
 )
 from fedseek.records import TokenisedRecords
-from fedseek.train import make_batch, record_losses
 
 SEED = bytes(range(32))
 VOCABULARY = Vocabulary(np.arange(10, 60, dtype=np.int32), before=(2,), after=(3,), num_tokens=5)

@@ -22,7 +22,7 @@ from fedseek.dp.accounting import PrivacySpend
 from fedseek.dp.randomness import PLACE_BYTES
 from fedseek.dp.sampling import PoissonUnitSampler
 from fedseek.errors import GuardTripped, Malformed
-from fedseek.train import Progress
+from fedseek.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:Full backward hook")
 

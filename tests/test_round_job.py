@@ -11,7 +11,7 @@ from fedseek.dp.randomness import PLACE_BYTES
 from fedseek.progress import Progress
 from fedseek.records import TokenisedRecords
 from fedseek.round_job import Begun, Job, Rows
-from fedseek.train import TrainingSettings
+from fedseek.train_settings import TrainingSettings
 
 SETTINGS = TrainingSettings(0.5, 3, 1e-4, 1e-3, None, "adam", warmup_steps=2)
 PRIVACY = PrivacyParams(noise_multiplier=1.0, sampling_probability=0.5, delta=1e-5, l2_clip_norm=0.5)

@@ -20,7 +20,8 @@ from fedseek.errors import GuardTripped, ProcessLost, WrongModel
 from fedseek.lora.model import LoraParams, build_model
 from fedseek.records import TokenisedRecords
 from fedseek.several import Several, Together, _follow
-from fedseek.train import TrainingSettings, train_round
+from fedseek.train import train_round
+from fedseek.train_settings import TrainingSettings
 
 LORA = LoraParams(method="both", rank=2, alpha=4.0, target_modules=("q_proj", "down_proj"), layers=None, seed=1)
 SETTINGS = TrainingSettings(

@@ -20,13 +20,13 @@ from tiny_rounds import (
 from torch import nn
 
 from fedseek import train
+from fedseek.batches import make_batch, record_losses
 from fedseek.dp import guards, private_step
 from fedseek.dp.accounting import PrivacyParams, PrivacySpend
 from fedseek.dp.noise import SecretGaussian
 from fedseek.dp.sampling import Draw
 from fedseek.errors import GuardTripped, InvalidRecords
 from fedseek.records import TokenisedRecords
-from fedseek.train import make_batch, record_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from fedseek.dp.accounting import PrivacyParams
 from fedseek.lora.model import AdapterModel, LoraParams, build_model
 from fedseek.records import TokenisedRecords
-from fedseek.train import TrainingOutcome, TrainingSettings, train_round
+from fedseek.train import TrainingOutcome, train_round
+from fedseek.train_settings import TrainingSettings
 
 NUM_LABELS = 3
 SETTINGS = TrainingSettings(

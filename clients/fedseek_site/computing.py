@@ -14,7 +14,7 @@ from fedseek.lora.load import load_base
 from fedseek.lora.model import AdapterModel
 from fedseek.lora.source import locate_model
 from fedseek.plan import plan_from_canonical
-from fedseek.prepare import prepare_model, writes
+from fedseek.prepare import prepare_model
 from fedseek_site.config import ComputeSettings
 
 
@@ -68,4 +68,4 @@ def site_model(plan: bytes, kind: str, computes: Sequence[Compute], rank: int) -
     if compute.device.startswith("cuda:"):
         torch.cuda.set_device(compute.device)  # what asks for "cuda" gets this one, not the first
     folder = locate_model(checked.spec.model.source)
-    return prepare_model(checked, kind, load_base(folder, words=writes(checked, kind), compute=compute))
+    return prepare_model(checked, kind, load_base(folder, words=checked.writes(kind), compute=compute))

@@ -21,7 +21,8 @@ from fedseek.dp.accounting import PrivacyParams
 from fedseek.dp.noise import SecretGaussian
 from fedseek.dp.sampling import PoissonUnitSampler
 from fedseek.records import TokenisedRecords
-from fedseek.train import TrainingSettings, train_round
+from fedseek.train import train_round
+from fedseek.train_settings import TrainingSettings
 
 NUM_UNITS, NUM_LABELS, STEPS, PROBABILITY, RATE = 60, 3, 3, 0.4, 1.0
 PRIVACY = PrivacyParams(noise_multiplier=1.25, sampling_probability=PROBABILITY, delta=1e-5, l2_clip_norm=2.4)

@@ -17,7 +17,8 @@ from fedseek.dp.accounting import PrivacyParams, PrivacySpend
 from fedseek.dp.auditing import epsilon_lower_bound
 from fedseek.errors import GuardTripped
 from fedseek.records import TokenisedRecords
-from fedseek.train import TrainingSettings, train_round
+from fedseek.train import train_round
+from fedseek.train_settings import TrainingSettings
 
 CANARIES, REAL, STEPS = 16_000, 50, 64
 CLIP, RATE = 0.25, 0.1

@@ -5,6 +5,7 @@ import pytest
 import torch
 from language_models import save_tiny_causal
 
+from fedseek.batches import Batch, record_losses
 from fedseek.dp.accounting import PrivacyParams
 from fedseek.dp.private_step import private_step
 from fedseek.errors import InvalidConfig, WrongModel
@@ -13,7 +14,6 @@ from fedseek.lora.compute import Compute, choose_device, choose_dtype, quantisat
 from fedseek.lora.load import load_base
 from fedseek.lora.model import LoraParams, build_model
 from fedseek.lora.targets import targets_of
-from fedseek.train import Batch, record_losses
 
 CPU = Compute(device="cpu", dtype="float32")
 IDS = torch.tensor([[5, 17, 99, 200, 31, 9], [7, 8, 44, 12, 0, 0], [21, 22, 23, 0, 0, 0]])

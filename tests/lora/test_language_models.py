@@ -9,6 +9,7 @@ from language_models import FAMILIES, save_tiny_causal
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaModel
 
+from fedseek.batches import Batch, record_losses
 from fedseek.dp.accounting import PrivacyParams
 from fedseek.dp.private_step import private_step
 from fedseek.errors import GuardTripped, WrongModel
@@ -23,7 +24,6 @@ from fedseek.lora.model import (
     set_trainable,
 )
 from fedseek.lora.targets import targets_of
-from fedseek.train import Batch, record_losses
 
 LENGTHS = (9, 5, 7, 3)
 ATTENTION = {

@@ -9,11 +9,11 @@ import torch
 from msgspec.structs import replace
 
 from fedseek.apply import ScopeState
+from fedseek.batches import make_batch, record_losses
 from fedseek.canary_record import read_canary_record, work_out
 from fedseek.encode import UpdateLayout
 from fedseek.errors import ReleaseRefused
 from fedseek.messages import Continuation, UpdateReply, decode_reply
-from fedseek.train import make_batch, record_losses
 from fedseek_site import canary_audit
 from fedseek_site.continuing import continue_run, offer_of
 from fedseek_site.state import CanaryState, SiteState
