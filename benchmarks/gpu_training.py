@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
+from workload import KIND, VALUE_RANGE, Workload
 
 from fedseek.apply import ScopeState
 from fedseek.dp.accounting import PrivacyParams
@@ -48,17 +49,17 @@ from fedseek.encode import UpdateLayout
 from fedseek.identity.keys import SiteIdentity
 from fedseek.lora.compute import choose_device
 from fedseek.lora.model import AdapterModel, LoraParams, build_model
-from fedseek.plan import GLOBAL_SCOPE, Plan, check_plan, head_scope, parse_spec
+from fedseek.plan import GLOBAL_SCOPE, head_scope
 from fedseek.records import TokenisedRecords
 from fedseek.train import train_round
 from fedseek.train_settings import TrainingSettings
 from simulations import protocol
 
-KIND, SITES, RANK = "bank", 3, 16
+SITES, RANK = 3, 16
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WANTED_RATIO, WANTED_LOCKS = 0.85, 0.02
 STEPS_IN_A_TURN = 2
-VALUE_RANGE, METRICS = 0.01, ("held_back_score", "held_back_weight", "held_back_loss", "held_back_count")
+METRICS = ("held_back_score", "held_back_weight", "held_back_loss", "held_back_count")
 
 # Shapes as in the config.json of Qwen2-1.5B and Qwen2-7B.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -255,30 +256,6 @@ def noise_seconds(num_values: int) -> float:
     return time.perf_counter() - began
 
 
-def make_plan() -> Plan:
-    """A plan for three sites that asks for just this sum. What it says about training plays no part."""
-    return check_plan(
-        parse_spec(
-            {
-                "name": "benchmark",
-                "model": {"source": "path:none", "sha256": "0" * 64},
-                "kinds": {KIND: {"labels": ["no", "yes"]}},
-                "lora": {"target_modules": ["q_proj"]},
-                "training": {
-                    "rounds": 1,
-                    "steps_per_round": 1,
-                    "sampling_probability": 0.5,
-                    "learning_rate": 0.01,
-                    "head_learning_rate": 0.01,
-                },
-                "privacy": {"mechanism": "none"},
-                "encryption": {"value_bits": 13},
-                "cohort": {"max_sites": SITES, "min_contributors": 2},
-            }
-        )
-    )
-
-
 @contextmanager
 def stages_timed(seconds: dict[str, float]) -> Iterator[None]:
     """Add up what each stage of `protocol.run_round` takes, over all sites."""
@@ -311,7 +288,8 @@ def stages_timed(seconds: dict[str, float]) -> Iterator[None]:
 
 def measure_locks(num_values: int) -> dict[str, float]:
     """Wall seconds of each stage of a round of three sites under both locks: a site's own where it is a site's stage."""
-    plan, rng = make_plan(), np.random.default_rng(0)
+    plan = Workload(values=num_values, sites=SITES, max_sites=SITES, bits=13).plan()
+    rng = np.random.default_rng(0)
     update = rng.standard_normal(num_values, dtype=np.float32) * np.float32(VALUE_RANGE / 6)
     layouts = (
         UpdateLayout(GLOBAL_SCOPE, (("lora", (num_values,)),)),

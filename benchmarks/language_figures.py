@@ -15,7 +15,13 @@ from matplotlib.figure import Figure
 from simulations.charts import COLOURS
 
 WANTED_GAP, WANTED_SHARE = 0.92, 0.012
-NAMES = {"base": "base model", "local_only": "local only", "federated": "federated"}
+NAMES = {
+    "base": "base model",
+    "local_only": "local only",
+    "local_lowest": "local only, after its best round",
+    "federated": "federated",
+}
+WAYS = ("local_only", "federated")
 Found = Mapping[str, Any]
 
 
@@ -67,9 +73,12 @@ def summarise(found: Sequence[Found]) -> Figures:
     """Means and ranges of what was measured."""
     perplexity: dict[str, dict[str, dict[str, Spread]]] = {}
     for epsilon in sorted({each["epsilon"] for each in found}):
-        of = [each for each in found if each["epsilon"] == epsilon and each["way"] in NAMES]
-        perplexity[f"{epsilon:g}"] = {"base": _by_site(of, "before")} | {
-            way: _by_site([each for each in of if each["way"] == way], "after") for way in ("local_only", "federated")
+        of = {way: [each for each in found if each["epsilon"] == epsilon and each["way"] == way] for way in WAYS}
+        perplexity[f"{epsilon:g}"] = {
+            "base": _by_site([*of["local_only"], *of["federated"]], "before"),
+            "local_only": _by_site(of["local_only"], "after"),
+            "local_lowest": _by_site(of["local_only"], "lowest"),
+            "federated": _by_site(of["federated"], "after"),
         }
     tuned = {way: _tuned(found, way) for way in ("lora", "full")}
     gains = {way: {each["seed"]: _gain(each) for each in runs} for way, runs in tuned.items()}
@@ -81,7 +90,7 @@ def summarise(found: Sequence[Found]) -> Figures:
         gain={way: Spread.of(by_seed.values()) for way, by_seed in gains.items() if by_seed},
         rates={way: runs[0]["rate"] for way, runs in tuned.items() if runs},
         trained_share=max((each["trained"] / each["values"] for each in found if each["way"] != "full"), default=0.0),
-        epsilon_paid=max((each.get("epsilon_paid", 0.0) for each in found), default=0.0),
+        epsilon_paid=max((each["epsilon_paid"] for each in found), default=0.0),
     )
 
 
@@ -148,8 +157,8 @@ def draw(figures: Figures, path: Path) -> None:
     picture = Figure(figsize=(4.6 * len(figures.perplexity), 3.4), layout="constrained")
     for number, (epsilon, ways) in enumerate(figures.perplexity.items(), start=1):
         axes = picture.add_subplot(1, len(figures.perplexity), number)
-        for offset, (way, by_site) in enumerate(ways.items()):
-            for place, spread in enumerate(by_site.values()):
+        for offset, way in enumerate(colours):
+            for place, spread in enumerate(ways[way].values()):
                 span = [[spread.mean - spread.low], [spread.high - spread.mean]]
                 label = NAMES[way] if place == 0 else None
                 axes.bar(

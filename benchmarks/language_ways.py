@@ -46,15 +46,17 @@ class Found:
 
     Attributes:
         before, after: by site, nats a counted token of its held-back rows, before training and after.
+        lowest: the same after the round that was best for the site; known only where rounds were looked at.
         accuracy: by site, of those tokens, after.
-        epsilon: that a record paid at most, 0 without privacy.
+        epsilon_paid: by a record at most, 0 without privacy.
         trained, values: tensors' values that were trained, and those of the base model.
     """
 
     before: dict[str, float]
     after: dict[str, float]
+    lowest: dict[str, float]
     accuracy: dict[str, float]
-    epsilon: float
+    epsilon_paid: float
     trained: int
     values: int
 
@@ -108,15 +110,18 @@ def local_only(plan: Plan, sites: Sequence[SiteTexts], *, seed: int) -> Found:
     parts = []
     for site in sites:
         model, spends = _adapter(plan), list[PrivacySpend]()
-        before = _losses(plan, model, [site])
+        losses = [_losses(plan, model, [site])]
         for number in range(1, plan.rounds + 1):
             _train(plan, model, site, number, spends, seed)
-        parts.append(_found(plan, model, [site], before, [spends]))
+            losses.append(_losses(plan, model, [site]))
+        found = _found(plan, model, [site], losses[0], [spends])
+        parts.append(replace(found, lowest={site.name: min(each[site.name] for each in losses)}))
     return Found(
         before={name: loss for part in parts for name, loss in part.before.items()},
         after={name: loss for part in parts for name, loss in part.after.items()},
+        lowest={name: loss for part in parts for name, loss in part.lowest.items()},
         accuracy={name: share for part in parts for name, share in part.accuracy.items()},
-        epsilon=max(part.epsilon for part in parts),
+        epsilon_paid=max(part.epsilon_paid for part in parts),
         trained=parts[0].trained,
         values=parts[0].values,
     )
@@ -211,8 +216,9 @@ def _found(
     return Found(
         before=before,
         after={name: result.mean_loss for name, result in results.items()},
+        lowest={},
         accuracy={name: result.utility for name, result in results.items()},
-        epsilon=max(paid, default=0.0),
+        epsilon_paid=max(paid, default=0.0),
         trained=sum(count for name, count in sizes.items() if name in model.trained),
         values=sum(count for name, count in sizes.items() if ".lora_" not in name),
     )

@@ -60,16 +60,16 @@ def generate_answers(model: AdapterModel, prompts: Sequence[Prompt], folder: Pat
 
     Args:
         model: with a head of words; left unchanged.
-        prompts: any number; they are answered a few at a time, padded on the left.
+        prompts: any number; they are answered a few at a time, padded on the left, or one by one behind vectors.
         folder: of the base model, whose tokenizer turns tokens into text.
         max_new_tokens: an answer that has not ended by then is cut.
 
     Raises:
-        UnsupportedMechanism: the adapter is not within the model's layers (as a prefix or a prompt is not), so that what
-            the model wrote would be the base model's answers; or the model has no head of words.
+        UnsupportedMechanism: the model has no head of words.
         OutOfMemory: one prompt alone does not fit; more at once are tried again in halves.
     """
-    check_can_answer(model)
+    if model.causal is None:
+        raise UnsupportedMechanism("the model has no head of words: it cannot answer")
     from transformers import AutoTokenizer  # takes seconds to import; only sites and simulations need it
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -80,7 +80,8 @@ def generate_answers(model: AdapterModel, prompts: Sequence[Prompt], folder: Pat
         for tokens in _generate(model, [prompts[number] for number in some], ends, max_new_tokens):
             texts.append(str(tokenizer.decode(_until_end(tokens, ends), skip_special_tokens=True)).strip())
 
-    batch = PhysicalBatch(_at_once(prompts, max_new_tokens))
+    # peft puts a prompt's vectors in front of the padding, and counts the text's positions from there
+    batch = PhysicalBatch(1 if _has_vectors(model) else _at_once(prompts, max_new_tokens))
     with _evaluation_mode(model), torch.inference_mode():
         in_pieces(np.arange(len(prompts)), batch, take=take, forget=lambda: None)
     scores = [score_answer(text, prompt.reference) for text, prompt in zip(texts, prompts, strict=True)]
@@ -92,27 +93,14 @@ def generate_answers(model: AdapterModel, prompts: Sequence[Prompt], folder: Pat
     )
 
 
-def check_can_answer(model: AdapterModel) -> None:
-    """Does what this model generates show the adapter?
-
-    Raises:
-        UnsupportedMechanism: no: as ``generate_answers``.
-    """
-    if model.causal is None:
-        raise UnsupportedMechanism("the model has no head of words: it cannot answer")
-    if any(config.is_prompt_learning for config in model.encoder.peft_config.values()):
-        raise UnsupportedMechanism(
-            "a prefix or prompt is put in front by PEFT, not by the model's layers: generated text would not show it",
-            hint='answers are generated with lora.method "ffa", "both" or "alternating"',
-        )
-
-
 @contextmanager
 def base_model(model: AdapterModel) -> Iterator[None]:
-    """The model without its adapter, for the block."""
+    """The model without its adapter, for the block; of vectors, only what it generates is without them."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    # matrices are in the encoder's layers, which the writer shares; vectors are put in front by the writer itself
+    holder = model.causal if model.causal is not None and _has_vectors(model) else model.encoder
     try:
-        with model.encoder.disable_adapter():
+        with holder.disable_adapter():
             yield
     finally:
         for name, parameter in model.named_parameters():
@@ -120,6 +108,10 @@ def base_model(model: AdapterModel) -> Iterator[None]:
                 parameter.requires_grad != trained[name]
             ):  # switched on again, PEFT trains all of an adapter, a frozen A too
                 parameter.requires_grad_(trained[name])
+
+
+def _has_vectors(model: AdapterModel) -> bool:
+    return any(config.is_prompt_learning for config in model.encoder.peft_config.values())
 
 
 def _generate(model: AdapterModel, prompts: Sequence[Prompt], ends: Sequence[int], max_new_tokens: int) -> list[Any]:

@@ -6,7 +6,7 @@ import torch
 
 import fedseek.generate as module
 from fedseek.errors import UnsupportedMechanism
-from fedseek.generate import base_model, check_can_answer, choose_prompts, generate_answers
+from fedseek.generate import base_model, choose_prompts, generate_answers
 from fedseek.lora.load import load_base
 from fedseek.lora.model import LoraParams, build_model
 from fedseek.tokenise import Prompt
@@ -22,7 +22,7 @@ def made(folder, *, method="ffa", seed=3):
     built = build_model(load_base(folder, words=True), params, num_labels=None, head_seed=0)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "prompt_encoder" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(seed))
     return built
 
@@ -196,9 +196,16 @@ def test_texts_do_not_show_in_what_is_printed(model, tiny_causal):
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
-def test_a_prefix_is_refused_since_generated_text_would_not_show_it(tiny_causal, method):
-    with pytest.raises(UnsupportedMechanism, match="would not show it"):
-        check_can_answer(made(tiny_causal, method=method))
+def test_answers_show_vectors_in_front_as_the_models_own_forward_pass_does(tiny_causal, tokenizer, method):
+    adapted, prompts = made(tiny_causal, method=method), prompts_of(4)
+    with base_model(adapted):
+        without = generate_answers(adapted, prompts, tiny_causal, max_new_tokens=MOST).texts
+    shown = generate_answers(adapted, prompts, tiny_causal, max_new_tokens=MOST).texts
+    assert shown == tuple(one_by_one(adapted, tokenizer, prompt) for prompt in prompts)
+    untouched = made(tiny_causal)  # LoRA with its adapter off is the base model
+    with base_model(untouched):
+        assert without == generate_answers(untouched, prompts, tiny_causal, max_new_tokens=MOST).texts
+    assert without != shown
 
 
 def test_an_encoder_cannot_answer(tiny_model, tiny_causal):
