@@ -170,7 +170,7 @@ def draw(figures: Figures, path: Path) -> None:
                     label=label,
                     capsize=2,
                 )
-        axes.set_xticks(range(len(ways["base"])), [site.replace("-", "\n", 1) for site in ways["base"]], fontsize=8)
+        axes.set_xticks(range(len(ways["base"])), ["\n".join(site.rsplit("-", 1)) for site in ways["base"]], fontsize=8)
         axes.set_title("not private" if epsilon == "0" else f"ε = {epsilon}", fontsize=10)
         axes.set_ylabel("held-out perplexity")
         axes.spines[["top", "right"]].set_visible(False)
