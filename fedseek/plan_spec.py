@@ -26,6 +26,9 @@ class ModelSpec(_Section):
     ``hub:<owner>/<name>@<commit>`` (fetched beforehand with ``fedseek model fetch``)."""
     sha256: Digest
     """SHA-256 of the weights; a site that holds others refuses the plan."""
+    files_sha256: Digest | None = None
+    """SHA-256 over config.json and the tokenizer's files; where it is given, a site that holds others refuses the plan.
+    ``fedseek model show`` tells both."""
     family: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,40}$")] | None = None
     """``model_type`` of the model's config.json, such as "qwen2"; needed by ``lora.target_modules = "auto"``."""
     max_tokens: Annotated[int, Field(ge=4, le=8192)] = 64

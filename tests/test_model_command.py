@@ -10,7 +10,7 @@ from fedseek.cli import cli
 from fedseek.errors import WrongModel
 from fedseek.lora.load import load_base
 from fedseek.lora.model import LoraParams, adapter_tensors, build_model
-from fedseek.lora.source import model_digest
+from fedseek.lora.source import files_digest, model_digest
 
 TARGETS = {
     "qwen2": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
@@ -43,6 +43,7 @@ def test_show_tells_what_a_plan_has_to_say_of_the_model(tmp_path, family):
         "parameters": size,
         "language_tasks": True,
         "sha256": model_digest(folder),
+        "files_sha256": files_digest(folder),
         "targets": TARGETS[family],
         "adapted_layers": 2 * len(TARGETS[family]),
         "rank": 3,
@@ -74,7 +75,8 @@ def test_fetch_prints_the_digest_for_the_plan(monkeypatch, tiny_model):
     source = f"hub:owner/name@{'0' * 40}"
     monkeypatch.setattr(model_command, "fetch_model", lambda rest: {source.removeprefix("hub:"): tiny_model}[rest])
     told = json.loads(call("fetch", source, "--json").stdout)
-    assert told == {"source": source, "folder": str(tiny_model), "sha256": model_digest(tiny_model)}
+    digests = {"sha256": model_digest(tiny_model), "files_sha256": files_digest(tiny_model)}
+    assert told == {"source": source, "folder": str(tiny_model), **digests}
     assert f"sha256: {model_digest(tiny_model)}" in call("fetch", source).stdout
 
 

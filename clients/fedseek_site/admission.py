@@ -86,7 +86,7 @@ def check_admission(plan: Plan, roster: Roster, *, me: RosterEntry, data: SiteDa
         raise PlanRefused(me.name, "the plan asks for an AUC, the rows held back here have one label only")
     try:
         folder = locate_model(plan.spec.model.source)
-        check_model(folder, plan.spec.model.sha256)
+        check_model(folder, plan.spec.model.sha256, plan.spec.model.files_sha256)
         check_family(folder, plan.spec.model.family)
     except WrongModel as error:
         raise PlanRefused(me.name, "the base model here is not the one the plan names", hint=error.message) from error

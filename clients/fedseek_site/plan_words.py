@@ -22,7 +22,7 @@ def describe(plan: Plan, roster: Roster) -> list[Row]:
         ("privacy", _privacy(plan)),
         *_site_level(plan),
         *((f"task of a {kind}", _task(task)) for kind, task in spec.kinds.items()),
-        ("base model", f"{visible(spec.model.source)}, SHA-256 {spec.model.sha256}"),
+        ("base model", f"{visible(spec.model.source)}, SHA-256 {spec.model.sha256}{_files(plan)}"),
         *(
             ("training" if len(plan.stages) == 1 else f"stage {stage.index + 1}", _stage(stage))
             for stage in plan.stages
@@ -46,6 +46,11 @@ def visible(text: str) -> str:
     欺诈\x1b[2J
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _files(plan: Plan) -> str:
+    named = plan.spec.model.files_sha256
+    return f", with configuration and tokenizer of SHA-256 {named}" if named else ""
 
 
 def _privacy(plan: Plan) -> str:

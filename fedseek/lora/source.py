@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +22,21 @@ from fedseek.lora.hub import cached_model
 _PACKAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FAMILY_NAME = re.compile(r"[a-z0-9_]{1,40}")
 _MAX_CONFIG_BYTES = 1_000_000
+_READ_BESIDE = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""What is read of a model's folder beside the weights: how they are used, and how text becomes tokens."""
 _WANTED = "wanted package:<name>, path:<folder with config.json> or hub:<owner>/<name>@<commit>"
 
 
@@ -75,10 +91,24 @@ def model_digest(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise WrongModel(f"{folder}: no *.safetensors file", hint="convert the weights; pickled weights are not read")
-    digests = {file.name: _digest_of(file, file.stat()) for file in files}
-    if len(digests) == 1:
-        return next(iter(digests.values()))
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()).hexdigest()
+    return _digest_of(files[0], files[0].stat()) if len(files) == 1 else _listing_digest(files)
+
+
+def files_digest(folder: Path) -> str:
+    """Hex SHA-256 over name and digest of the configuration and the tokenizer's files, as far as they are there.
+
+    Raises:
+        WrongModel: there is none.
+    """
+    files = [folder / name for name in _READ_BESIDE if (folder / name).is_file()]
+    if not files:
+        raise WrongModel(f"{folder}: neither a config.json nor a tokenizer")
+    return _listing_digest(files)
+
+
+def _listing_digest(files: Sequence[Path]) -> str:
+    listing = "".join(f"{_digest_of(file, file.stat())}  {file.name}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def _digest_of(file: Path, now: os.stat_result) -> str:
@@ -127,15 +157,21 @@ def check_family(folder: Path, wanted: str | None) -> None:
         )
 
 
-def check_model(folder: Path, wanted: str) -> None:
-    """Refuse a base model whose weights are not those the plan names.
+def check_model(folder: Path, wanted: str, files: str | None = None) -> None:
+    """Refuse a base model whose weights, or where ``files`` is given whose other files, are not those the plan names.
+
+    The same weights under another configuration are another function, and under another tokenizer or chat template they
+    learn other texts: sites that differ there would spend their privacy on a sum of different things.
 
     Raises:
         WrongModel: digests differ.
     """
-    got = model_digest(folder)
-    if got != wanted:
-        raise WrongModel(
-            f"base model in {folder}: weights have sha256 {got}, the plan wants {wanted}",
-            hint="install the model version the plan names, or agree on another plan",
-        )
+    found = [("weights have", model_digest(folder), wanted)]
+    if files is not None:
+        found.append(("configuration and tokenizer have", files_digest(folder), files))
+    for what, got, named in found:
+        if got != named:
+            raise WrongModel(
+                f"base model in {folder}: {what} sha256 {got}, the plan wants {named}",
+                hint="install the model version the plan names, or agree on another plan",
+            )

@@ -23,8 +23,9 @@ def _path(monkeypatch):
 
 def run(way, seed, after, *, epsilon=0.0, rate=0.0, trained=10, values=1000):
     losses = dict(zip(SITES, after, strict=True))
-    before = dict.fromkeys(SITES, 4.0)
-    found = {"way": way, "seed": seed, "epsilon": epsilon, "rate": rate, "before": before, "after": losses}
+    before, lowest = dict.fromkeys(SITES, 4.0), {site: loss - 0.05 for site, loss in losses.items()}
+    found = {"way": way, "seed": seed, "private": epsilon > 0, "epsilon": epsilon, "rate": rate}
+    found |= {"before": before, "after": losses, "lowest": lowest if way == "local_only" else {}}
     return found | {"accuracy": losses, "epsilon_paid": epsilon and 7.9, "trained": trained, "values": values}
 
 
@@ -51,6 +52,7 @@ def test_perplexity_is_of_each_seed_and_the_gap_of_the_tuned_rates():
     spread = figures.perplexity["0"]["federated"]["harbour-bank"]
     assert (spread.low, spread.high, spread.seeds) == (math.exp(3.0), math.exp(3.2), 2)
     assert spread.mean == pytest.approx((math.exp(3.0) + math.exp(3.2)) / 2)
+    assert figures.perplexity["0"]["local_lowest"]["仁济医院"].mean == pytest.approx(math.exp(3.05))
     assert figures.rates == {"lora": 0.01, "full": 0.001}
     assert figures.gap_closed.mean == pytest.approx(0.9)
     assert figures.trained_share == 0.01
@@ -95,6 +97,15 @@ def test_the_queue_waits_for_the_tuned_rates():
     ]
 
 
+def test_both_scenarios_are_of_one_small_model(monkeypatch):
+    from language_model import OPEN, PRIVATE
+
+    monkeypatch.setenv("FEDSEEK_DATA", "/nowhere")
+    shared, private = load_scenario(OPEN).spec, load_scenario(PRIVATE).spec
+    assert shared.small_model == private.small_model
+    assert (shared.plan["privacy"]["mechanism"], private.plan["privacy"]["epsilon"]) == ("none", 8.0)
+
+
 def test_each_way_trains_what_it_says(tmp_path):
     from language_ways import federated, local_only, plan_with, pooled, read_sites
 
@@ -113,9 +124,11 @@ def test_each_way_trains_what_it_says(tmp_path):
     assert shared.before == alone.before
     assert set(shared.after) == {site.name for site in sites}
     assert shared.after != shared.before != alone.after != shared.after
+    assert all(alone.lowest[site] <= alone.after[site] for site in alone.after)
+    assert shared.lowest == {}
     adapter, whole = pooled(plan, sites, seed=1), pooled(plan, sites, seed=1, full=True)
     assert whole.trained == whole.values == adapter.values == shared.values
     assert adapter.trained == shared.trained < 0.2 * adapter.values
     paid = federated(plan_with(scenario, privacy=private, audit={"canaries": 0}), sites, seed=1)
-    assert 4 < paid.epsilon <= 8
-    assert shared.epsilon == 0
+    assert 4 < paid.epsilon_paid <= 8
+    assert shared.epsilon_paid == 0

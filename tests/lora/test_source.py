@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import sys
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import AutoModel, LlamaConfig
 
 from fedseek.errors import WrongModel
 from fedseek.lora.load import _switch_dropout_off, empty_base, load_base
-from fedseek.lora.source import check_family, check_model, locate_model, model_digest, model_family
+from fedseek.lora.source import check_family, check_model, files_digest, locate_model, model_digest, model_family
 
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -104,6 +105,36 @@ def test_one_changed_byte_of_the_weights_is_refused(tiny_model, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(weights)
     with pytest.raises(WrongModel):
         check_model(tmp_path, model_digest(tiny_model))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_another_configuration_tokenizer_or_template_is_refused_where_the_plan_names_them(tiny_causal, tmp_path, name):
+    folder = tmp_path / "模型"
+    shutil.copytree(tiny_causal, folder)
+    weights, files = model_digest(folder), files_digest(folder)
+    assert files == files_digest(tiny_causal), "wherever the folder is"
+    (folder / "README.md").write_text("of no account", "utf-8")
+    check_model(folder, weights, files)
+    with (folder / name).open("ab") as stream:
+        stream.write(b" ")
+    check_model(folder, weights)
+    with pytest.raises(WrongModel, match="configuration and tokenizer have") as caught:
+        check_model(folder, weights, files)
+    assert files in caught.value.message
+    assert files_digest(folder) in caught.value.message
+
+
+def test_a_file_that_is_gone_or_renamed_is_another_digest(tiny_causal, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_causal, folder)
+    found = {files_digest(folder)}
+    (folder / "tokenizer_config.json").rename(folder / "special_tokens_map.json")
+    found.add(files_digest(folder))
+    (folder / "special_tokens_map.json").unlink()
+    found.add(files_digest(folder))
+    assert len(found) == 3
+    with pytest.raises(WrongModel, match=r"neither a config\.json nor a tokenizer"):
+        files_digest(tmp_path)
 
 
 def test_weights_that_change_while_the_process_lives_are_noticed(tiny_model, tmp_path):

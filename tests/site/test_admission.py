@@ -5,6 +5,7 @@ import pytest
 from fedseek.errors import InvalidPlan, PlanRefused
 from fedseek.identity.keys import SiteIdentity
 from fedseek.identity.roster import Roster
+from fedseek.lora.source import files_digest
 from fedseek.plan import check_plan, parse_spec
 from fedseek.records import Records
 from fedseek_site.admission import SiteData, check_admission, check_labels, check_roster, units_for
@@ -137,6 +138,14 @@ def test_another_base_model(tiny_plan, tiny_data, make_tiny_model, tmp_path):
     error = refusal(tiny_plan(model={"source": f"path:{other}"}), tiny_data("hospital"))
     assert error.rule == "the base model here is not the one the plan names"
     assert "weights have sha256" in error.hint, "what differs stays in the site's own log"
+
+
+def test_a_base_model_with_another_tokenizer(tiny_plan, tiny_data, tiny_model):
+    held = files_digest(tiny_model)
+    check_admission(tiny_plan(model={"files_sha256": held}), ROSTER, me=ME, data=tiny_data("hospital"))
+    error = refusal(tiny_plan(model={"files_sha256": "0" * 64}), tiny_data("hospital"))
+    assert error.rule == "the base model here is not the one the plan names"
+    assert f"configuration and tokenizer have sha256 {held}" in error.hint
 
 
 def test_a_base_model_that_is_not_there(tiny_plan, tiny_data, tmp_path):
