@@ -288,9 +288,8 @@ def stages_timed(seconds: dict[str, float]) -> Iterator[None]:
 
 def measure_locks(num_values: int) -> dict[str, float]:
     """Wall seconds of each stage of a round of three sites under both locks: a site's own where it is a site's stage."""
-    plan = Workload(values=num_values, sites=SITES, max_sites=SITES, bits=13).plan()
-    rng = np.random.default_rng(0)
-    update = rng.standard_normal(num_values, dtype=np.float32) * np.float32(VALUE_RANGE / 6)
+    workload = Workload(values=num_values, sites=SITES, max_sites=SITES, bits=13)
+    plan, (update, _) = workload.plan(), workload.update(0)
     layouts = (
         UpdateLayout(GLOBAL_SCOPE, (("lora", (num_values,)),)),
         UpdateLayout(head_scope(KIND), (("head", (2,)),), METRICS),

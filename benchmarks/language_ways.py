@@ -110,12 +110,13 @@ def local_only(plan: Plan, sites: Sequence[SiteTexts], *, seed: int) -> Found:
     parts = []
     for site in sites:
         model, spends = _adapter(plan), list[PrivacySpend]()
-        losses = [_losses(plan, model, [site])]
+        losses = []
         for number in range(1, plan.rounds + 1):
-            _train(plan, model, site, number, spends, seed)
             losses.append(_losses(plan, model, [site]))
+            _train(plan, model, site, number, spends, seed)
         found = _found(plan, model, [site], losses[0], [spends])
-        parts.append(replace(found, lowest={site.name: min(each[site.name] for each in losses)}))
+        lowest = min(each[site.name] for each in [*losses, found.after])
+        parts.append(replace(found, lowest={site.name: lowest}))
     return Found(
         before={name: loss for part in parts for name, loss in part.before.items()},
         after={name: loss for part in parts for name, loss in part.after.items()},

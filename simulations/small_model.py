@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedseek.errors import InvalidRecords
-from fedseek.lora.source import files_digest, model_digest
+from fedseek.lora.source import model_digests
 from fedseek.records import Row, read_rows
 from simulations.scenario import Scenario, SmallModelSpec, TextSource, resolve_path, share_out
 
@@ -101,7 +101,7 @@ def build_with_progress(scenario: Scenario, console: Console) -> dict[str, str]:
                 console.print(f"small model: step {step} of {steps}, loss {loss:.2f}", highlight=False)
 
         folder = build_small_model(spec, seed=scenario.spec.simulation.seed, report=report)
-    return {"source": f"path:{folder}", "sha256": model_digest(folder), "files_sha256": files_digest(folder)}
+    return {"source": f"path:{folder}", **model_digests(folder)}
 
 
 def cache_folder() -> Path:

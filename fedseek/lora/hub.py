@@ -13,23 +13,23 @@ from fedseek.errors import Unreachable, WrongModel
 
 _NAME: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _SOURCE: Final = re.compile(rf"(?P<repository>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}})")
-# Weights as safetensors, and what a tokenizer is made of; nothing pickled, no code, nothing from sub-folders.
-_WANTED: Final = [
-    "*.safetensors",
-    "*.safetensors.index.json",
+BESIDE_WEIGHTS: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    "merges.txt",
     "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-]
+)
+"""What is read of a model's folder beside the weights: how they are used, and how text becomes tokens."""
+# Weights as safetensors, and what is read beside them; nothing pickled, no code, nothing from sub-folders.
+_WANTED: Final = ["*.safetensors", "*.safetensors.index.json", *BESIDE_WEIGHTS]
 _NOT_WANTED: Final = ["*/*"]
 
 

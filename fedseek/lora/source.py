@@ -17,26 +17,11 @@ from pathlib import Path
 import msgspec
 
 from fedseek.errors import WrongModel
-from fedseek.lora.hub import cached_model
+from fedseek.lora.hub import BESIDE_WEIGHTS, cached_model
 
 _PACKAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FAMILY_NAME = re.compile(r"[a-z0-9_]{1,40}")
 _MAX_CONFIG_BYTES = 1_000_000
-_READ_BESIDE = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "config.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""What is read of a model's folder beside the weights: how they are used, and how text becomes tokens."""
 _WANTED = "wanted package:<name>, path:<folder with config.json> or hub:<owner>/<name>@<commit>"
 
 
@@ -100,10 +85,19 @@ def files_digest(folder: Path) -> str:
     Raises:
         WrongModel: there is none.
     """
-    files = [folder / name for name in _READ_BESIDE if (folder / name).is_file()]
+    files = [folder / name for name in BESIDE_WEIGHTS if (folder / name).is_file()]
     if not files:
         raise WrongModel(f"{folder}: neither a config.json nor a tokenizer")
     return _listing_digest(files)
+
+
+def model_digests(folder: Path) -> dict[str, str]:
+    """Both digests, named as a plan's ``[plan.model]`` names them.
+
+    Raises:
+        WrongModel: as ``model_digest`` and ``files_digest``.
+    """
+    return {"sha256": model_digest(folder), "files_sha256": files_digest(folder)}
 
 
 def _listing_digest(files: Sequence[Path]) -> str:
