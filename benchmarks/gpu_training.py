@@ -27,39 +27,32 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from locks_of_round import PROTECT, RECEIVE, SITES, measure_locks
 from transformers import AutoModelForCausalLM, Qwen2Config
-from workload import KIND, VALUE_RANGE, Workload
 
-from fedseek.apply import ScopeState
 from fedseek.dp.accounting import PrivacyParams
 from fedseek.dp.noise import SecretGaussian
-from fedseek.encode import UpdateLayout
-from fedseek.identity.keys import SiteIdentity
 from fedseek.lora.compute import choose_device
 from fedseek.lora.model import AdapterModel, LoraParams, build_model
-from fedseek.plan import GLOBAL_SCOPE, head_scope
 from fedseek.records import TokenisedRecords
 from fedseek.train import train_round
 from fedseek.train_settings import TrainingSettings
-from simulations import protocol
 
-SITES, RANK = 3, 16
+RANK = 16
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WANTED_RATIO, WANTED_LOCKS = 0.85, 0.02
 STEPS_IN_A_TURN = 2
-METRICS = ("held_back_score", "held_back_weight", "held_back_loss", "held_back_count")
 
 # Shapes as in the config.json of Qwen2-1.5B and Qwen2-7B.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -254,69 +247,6 @@ def noise_seconds(num_values: int) -> float:
     began = time.perf_counter()
     SecretGaussian().normal(torch.Size([num_values]), 1.0)
     return time.perf_counter() - began
-
-
-@contextmanager
-def stages_timed(seconds: dict[str, float]) -> Iterator[None]:
-    """Add up what each stage of `protocol.run_round` takes, over all sites."""
-
-    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return function(*arguments, **options)
-            finally:
-                seconds[stage] += time.perf_counter() - began
-
-        return call
-
-    stages = {
-        "encode": "encode_scopes",
-        "tag": "add_tags",
-        "mask": "mask_slots",
-        "encrypt": "encrypt_update",
-        "add": "agg_update",
-        "unmask": "unmask_sum",
-        "decrypt": "decrypt_sum",
-        "apply": "apply_sums",
-    }
-    with ExitStack() as patched:
-        for stage, name in stages.items():
-            patched.enter_context(mock.patch.object(protocol, name, timed(stage, getattr(protocol, name))))
-        yield
-
-
-def measure_locks(num_values: int) -> dict[str, float]:
-    """Wall seconds of each stage of a round of three sites under both locks: a site's own where it is a site's stage."""
-    workload = Workload(values=num_values, sites=SITES, max_sites=SITES, bits=13)
-    plan, (update, _) = workload.plan(), workload.update(0)
-    layouts = (
-        UpdateLayout(GLOBAL_SCOPE, (("lora", (num_values,)),)),
-        UpdateLayout(head_scope(KIND), (("head", (2,)),), METRICS),
-    )
-    vectors = {GLOBAL_SCOPE: update, head_scope(KIND): np.zeros(2, np.float32)}
-    scopes = {
-        layout.scope: ScopeState(layout, np.zeros(size, np.float32), np.zeros(size), VALUE_RANGE)
-        for layout, size in zip(layouts, (num_values, 2), strict=True)
-    }
-    sites = [
-        protocol.Participant(
-            SiteIdentity.generate(f"支行-{number}", KIND),
-            scopes,
-            vectors,
-            metrics={head_scope(KIND): dict.fromkeys(METRICS, 1.0)},
-        )
-        for number in range(SITES)
-    ]
-    seconds: dict[str, float] = defaultdict(float)
-    began = time.perf_counter()
-    with stages_timed(seconds):
-        protocol.run_round(plan, sites, run="基准-1", number=1)
-    of_sites = {stage: total / (1 if stage == "unmask" else SITES) for stage, total in seconds.items()}
-    return {**of_sites, "whole": time.perf_counter() - began}
-
-
-PROTECT, RECEIVE = ("encode", "tag", "mask", "encrypt"), ("decrypt", "apply")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
